@@ -1,0 +1,129 @@
+"""What the UNet is told: prompts through the text encoder, pictures through CLIP vision and the aligner.
+
+Both give encoder_hidden_states of one shape, (B, L, D), L the tokens of a prompt and D the UNet's context width,
+so that text, image and any blend of the two enter the UNet alike.
+"""
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from base_model import BaseModel
+from errors import UserError, reason
+
+
+class QueryAligner(nn.Module):
+    """Learned queries read all image tokens by cross-attention (TexDreamer, Liu et al. 2024, with its key names).
+
+    image_tokens: (B, T, image_dim) → encoder_hidden_states: (B, context_tokens, context_dim).
+    """
+
+    def __init__(self, image_dim: int, context_dim: int, context_tokens: int, layers: int, heads: int):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, context_tokens, context_dim) * context_dim**-0.5)
+        self.visual_proj = nn.Linear(image_dim, context_dim)
+        layer = nn.TransformerDecoderLayer(context_dim, heads, 4 * context_dim, dropout=0.0, batch_first=True)
+        self.i2t = nn.TransformerDecoder(layer, layers)
+
+    def forward(self, image_tokens: Tensor) -> Tensor:
+        memory = self.visual_proj(image_tokens)  # (B, T, D)
+        return self.i2t(self.query.expand(len(memory), -1, -1), memory)
+
+
+class PooledAligner(nn.Module):
+    """The seed's aligner, with its key names: one attention-pooled token, repeated for each prompt position.
+
+    image_tokens: (B, T, image_dim) → encoder_hidden_states: (B, context_tokens, context_dim). All positions are
+    equal, so it can carry what a picture shows but not where.
+    """
+
+    def __init__(self, image_dim: int, context_dim: int, context_tokens: int, heads: int):
+        super().__init__()
+        self.context_tokens = context_tokens
+        self.cls_token = nn.Parameter(torch.randn(1, 1, image_dim))
+        self.attn_pool = nn.MultiheadAttention(image_dim, heads, batch_first=True)
+        self.projector = nn.Sequential(nn.Linear(image_dim, image_dim), nn.GELU(), nn.Linear(image_dim, context_dim))
+
+    def forward(self, image_tokens: Tensor) -> Tensor:
+        pooled, _ = self.attn_pool(self.cls_token.expand(len(image_tokens), -1, -1), image_tokens, image_tokens)
+        return self.projector(pooled).expand(-1, self.context_tokens, -1)
+
+
+def make_aligner(settings, base: BaseModel) -> nn.Module:
+    """A new aligner (configuration.Aligner) that fits the base's image encoder and UNet, float32."""
+    if base.image_encoder is None:
+        raise UserError("this base has no image encoder; set model.image_encoder to a CLIP vision model")
+    image_dim, context_dim = base.image_encoder.config.hidden_size, base.unet.config.cross_attention_dim
+    attended = context_dim if settings.kind == "query" else image_dim
+    if attended % settings.heads:
+        raise UserError(f"model.aligner.heads: {settings.heads} does not divide the {settings.kind} aligner's width {attended}")
+    if settings.kind == "pooled":
+        aligner = PooledAligner(image_dim, context_dim, base.context_tokens, settings.heads)
+    else:
+        aligner = QueryAligner(image_dim, context_dim, base.context_tokens, settings.layers, settings.heads)
+    return aligner.to(base.device)
+
+
+@torch.no_grad()
+def encode_prompts(base: BaseModel, prompts: list[str]) -> Tensor:
+    """B prompts → encoder_hidden_states: (B, L, D) float32; a prompt longer than the tokenizer's limit is cut."""
+    tokens = base.tokenizer(
+        prompts, padding="max_length", max_length=base.context_tokens, truncation=True, return_tensors="pt"
+    )
+    return base.text_encoder(tokens.input_ids.to(base.device)).last_hidden_state.float()
+
+
+@torch.no_grad()
+def encode_images(base: BaseModel, images: Tensor) -> Tensor:
+    """images: (B, 3, S, S) in [-1, 1], S the image encoder's size → all its tokens: (B, T, image_dim) float32."""
+    mean, std = (
+        torch.tensor(values, device=base.device)[:, None, None]
+        for values in (base.image_processor.image_mean, base.image_processor.image_std)
+    )
+    pixels = ((images.to(base.device) + 1) / 2 - mean) / std
+    return base.image_encoder(pixel_values=pixels.to(base.image_encoder.dtype)).last_hidden_state.float()
+
+
+def drop_conditions(encoder_hidden_states: Tensor, null_states: Tensor, rate: float, generator) -> Tensor:
+    """Replaces each row of (B, L, D) by null_states (1, L, D) with probability `rate`; draws on the CPU."""
+    dropped = torch.rand(len(encoder_hidden_states), generator=generator) < rate
+    return torch.where(dropped.to(encoder_hidden_states.device)[:, None, None], null_states, encoder_hidden_states)
+
+
+def blend(text_states: Tensor, image_states: Tensor, img_weight: float) -> Tensor:
+    """The seed's linear blend of two (B, L, D): img_weight 0 is text alone, 1 is image alone, to the bit."""
+    if img_weight in (0, 1):
+        return image_states if img_weight else text_states
+    return (1 - img_weight) * text_states + img_weight * image_states
+
+
+def open_image(path) -> Image.Image:
+    """A picture from disk, turned upright, as RGB or RGBA. Raises UserError when it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+            return image.convert("RGBA" if has_alpha else "RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read picture {path}: {reason(error)}; give a PNG, JPEG or WebP file") from None
+
+
+def prepare_image(image: Image.Image, size: int) -> Tensor:
+    """A picture of a person, padded to a square with black → (3, size, size) in [-1, 1]."""
+    canvas = Image.new("RGB", (max(image.size),) * 2)
+    corner = ((canvas.width - image.width) // 2, (canvas.height - image.height) // 2)
+    canvas.paste(image, corner, image if image.mode == "RGBA" else None)
+    return pixels_from_image(canvas.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def pixels_from_image(image: Image.Image) -> Tensor:
+    """RGB or RGBA picture → (3 or 4, H, W) in [-1, 1]."""
+    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return data.view(image.height, image.width, -1).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def image_from_pixels(pixel_values: Tensor) -> Image.Image:
+    """(3 or 4, H, W) in [-1, 1] → RGB or RGBA picture."""
+    data = ((pixel_values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(data)

@@ -1,0 +1,216 @@
+"""The configuration: every key with its type and default, one YAML file, dotted overrides on the command line.
+
+Unknown keys and wrong types are errors that name the key. The resolved configuration is saved with each checkpoint.
+"""
+
+import argparse
+import difflib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from base_model import PROJECT_ROOT
+from errors import UserError, reason
+
+DEFAULT_CONFIG = PROJECT_ROOT / "config" / "train_config.yaml"
+
+
+def _number(value):
+    """YAML 1.1 reads 1e-4 as text; booleans are no numbers."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class LoRA(Section):
+    r: Positive = 16
+    alpha: Annotated[Number, Field(gt=0)] = 32  # the update is scaled by alpha / r
+    dropout: Share = 0.0
+    target_modules: list[str] = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+class Aligner(Section):
+    kind: Literal["query", "pooled"] = "query"  # query: learned queries cross-attend to all image tokens
+    layers: Positive = 3
+    heads: Positive = 8
+
+
+class Model(Section):
+    pretrained_model: str = "embedded_base"  # folder in the diffusers layout, or hub name
+    image_encoder: str | None = None  # CLIP vision folder or hub name; null: image_encoder/ in pretrained_model
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    gradient_checkpointing: bool = False
+    prompt_template: str = "{prompt}"  # what the text encoder is given, in training and inference
+    lora: LoRA = LoRA()
+    aligner: Aligner = Aligner()
+
+
+class Schedule(Section):
+    """How one task trains; t2uv and i2uv take the values of joint unless they are set."""
+
+    batch_size: Positive = 8  # rows in one forward
+    effective_batch_size: Positive = 32  # rows in one optimiser step, a multiple of batch_size
+    num_epochs: Positive = 10
+    max_steps: Positive | None = None  # optimiser steps; null: num_epochs
+    learning_rate: Annotated[Number, Field(gt=0)] = 1e-4
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 50
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.01
+    max_grad_norm: Annotated[Number, Field(gt=0)] = 1.0
+    condition_dropout: Share = 0.1  # share of rows trained without their condition, for guidance
+    alpha: Annotated[Number, Field(ge=0)] = 1.0  # weight of loss/t2uv
+    beta: Annotated[Number, Field(ge=0)] = 1.0  # weight of loss/i2uv
+    gamma: Annotated[Number, Field(ge=0)] = 0.0  # weight of loss/align: aligner tokens against the prompt's states
+
+    @model_validator(mode="after")
+    def _divides(self):
+        if self.effective_batch_size % self.batch_size:
+            raise ValueError(f"effective_batch_size {self.effective_batch_size} is not a multiple of batch_size {self.batch_size}")
+        return self
+
+
+class Training(Section):
+    seed: int = 0
+    device: str = "auto"  # auto: CUDA where there is one
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 where the hardware has it
+    joint: Schedule = Schedule()
+    t2uv: Schedule = Schedule()
+    i2uv: Schedule = Schedule()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _joint_is_the_default(cls, values):
+        if isinstance(values, dict) and isinstance(values.get("joint"), dict):
+            for task in ("t2uv", "i2uv"):
+                if isinstance(values.get(task, {}), dict):
+                    values = {**values, task: {**values["joint"], **values.get(task, {})}}
+        return values
+
+
+class Data(Section):
+    dataset: str = "procedural:240"  # folder built by build_atlas_large or in the seed's layout, or procedural:COUNT
+    views: Positive = 4  # renders a texture; for procedural:COUNT
+    body: str = "anny"  # whose UV layout the textures have: anny or obj:PATH
+    cache_dir: str = "data_cache"
+    resolution: Positive | None = None  # side of the textures; null: what the base was trained on
+    num_workers: Annotated[int, Field(ge=0)] = 0
+
+
+class Output(Section):
+    out_dir: str = "checkpoints"
+    log_dir: str = "logs"
+    log_every: Positive = 10  # steps
+    save_every: Positive = 500
+    sample_every: Positive = 500
+    sample_prompts: list[str] = []  # besides pictures of the data set, for the grid in TensorBoard
+
+
+class Inference(Section):
+    num_inference_steps: Positive = 30
+    guidance_scale: Annotated[Number, Field(ge=1)] = 3.0
+    negative_prompt: str = ""
+
+
+class Config(Section):
+    model: Model = Model()
+    training: Training = Training()
+    data: Data = Data()
+    output: Output = Output()
+    inference: Inference = Inference()
+
+
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the configuration."""
+    keys = []
+    for name, field in section.model_fields.items():
+        nested = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        keys += known_keys(field.annotation, f"{prefix}{name}.") if nested else [prefix + name]
+    return keys
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem of a validation error in one line."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.0)
+        return f"unknown key {key!r}; did you mean {nearest[0]!r}?"
+    if problem["type"] == "value_error":
+        return f"{key}: {problem['ctx']['error']}"
+    return f"{key}: {problem['msg'].lower()}, got {problem['input']!r}"
+
+
+def read_config(values: dict, where: str) -> Config:
+    """A checked Config from nested values; `where` names their source in the error message."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(error)}") from None
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """The configuration in a YAML file with overrides like "training.joint.max_steps=200" applied."""
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise UserError(f"cannot read config {path}: {reason(error)}; give a YAML file with --config") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"config {path} must hold sections such as model: and training:")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"{override!r}: write overrides as --section.key=value")
+        *sections, name = key.split(".")
+        target = values
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise UserError(f"unknown key {key!r}: {section!r} is not a section")
+        try:
+            target[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            target[name] = text
+    return read_config(values, str(path))
+
+
+def save_config(cfg: Config, path: Path) -> None:
+    path.write_text(yaml.safe_dump(cfg.model_dump(), sort_keys=False))
+
+
+def dotted_overrides(parser: argparse.ArgumentParser, unknown: list[str]) -> list[str]:
+    """["--a.b=1", "--c.d", "2"] → ["a.b=1", "c.d=2"]; anything else is an error of the command line."""
+    overrides, arguments = [], iter(unknown)
+    for argument in arguments:
+        if not argument.startswith("--") or "." not in argument.partition("=")[0]:
+            parser.error(f"unknown argument {argument!r}; config keys are written --section.key=value")
+        value = "" if "=" in argument else "=" + next(arguments, "")
+        overrides.append(argument[2:] + value)
+    return overrides
+
+
+def parse_training_args(description: str) -> tuple[Config, bool]:
+    """The command line of the training scripts → (configuration, whether this is a dry run)."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="Any key of the config can be set: --training.joint.max_steps=200. Keys: " + ", ".join(known_keys()),
+    )
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, load one batch, report, stop")
+    args, unknown = parser.parse_known_args()
+    return load_config(args.config, dotted_overrides(parser, unknown)), args.dry_run

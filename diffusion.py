@@ -1,0 +1,93 @@
+"""Latents and diffusion maths: the one place that knows pixel ranges, latent scaling and the noise schedule.
+
+Pixels are in [-1, 1] everywhere in the project; only PNG files and renders are in [0, 1].
+"""
+
+from collections.abc import Callable
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from torch import Tensor
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (elsewhere bf16 is emulated and slower than fp32)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def resolve_precision(mixed_precision: str, device: torch.device) -> torch.dtype | None:
+    """Autocast dtype for "no", "bf16", "fp16" or "auto" (bf16 where the hardware has it); None means none."""
+    if mixed_precision == "auto":
+        has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and cpu_has_bf16()
+        return torch.bfloat16 if has_bf16 else (torch.float16 if device.type == "cuda" else None)
+    return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None):
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+@torch.no_grad()
+def encode_latents(vae, pixel_values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """pixel_values: (B, 3, H, W) in [-1, 1] → latents: (B, 4, H/8, W/8), a posterior sample of unit scale, float32."""
+    posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
+    return (posterior.mean + posterior.std * noise).float() * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae, latents: Tensor) -> Tensor:
+    """latents: (B, 4, h, w) → pixel_values: (B, 3, 8h, 8w) in [-1, 1], float32."""
+    return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample.float().clamp(-1, 1)
+
+
+def training_target(noise_scheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What the UNet is to predict, by the base's own scheduler config; the shape of latents.
+
+    epsilon: the noise (Ho et al. 2020). v_prediction: sqrt(ā)·noise - sqrt(1-ā)·latents (Salimans & Ho 2022).
+    """
+    prediction_type = noise_scheduler.config.prediction_type
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        return noise_scheduler.get_velocity(latents, noise, timesteps)
+    raise ValueError(f"the base's scheduler predicts {prediction_type!r}; epsilon and v_prediction are supported")
+
+
+def inference_scheduler(noise_scheduler):
+    """DPM-Solver++ 2M (Lu et al. 2022) on the base's schedule; DDIM where that ends in pure noise.
+
+    At zero terminal SNR the first step starts at log-SNR minus infinity, where a multistep solver has no slope.
+    Timesteps are spaced from the last one downwards ("trailing", Lin et al. 2024).
+    """
+    options = dict(timestep_spacing="trailing", clip_sample=False, thresholding=False)
+    if noise_scheduler.config.get("rescale_betas_zero_snr"):
+        return DDIMScheduler.from_config(noise_scheduler.config, **options)
+    return DPMSolverMultistepScheduler.from_config(noise_scheduler.config, **options)
+
+
+@torch.no_grad()
+def sample_latents(
+    unet, noise_scheduler, encoder_hidden_states: Tensor, negative_hidden_states: Tensor, latents: Tensor,
+    num_inference_steps: int, guidance_scale: float, on_step: Callable[[], None] = lambda: None,
+) -> Tensor:  # fmt: skip
+    """Denoises with classifier-free guidance (Ho & Salimans 2022): negative + scale · (positive - negative).
+
+    encoder_hidden_states, negative_hidden_states: (B, L, D); latents: (B, 4, h, w) unit noise → (B, 4, h, w).
+    A guidance_scale of 1 runs the UNet once a step.
+    """
+    scheduler = inference_scheduler(noise_scheduler)
+    scheduler.set_timesteps(num_inference_steps, device=latents.device)
+    latents = latents * scheduler.init_noise_sigma
+    guided = guidance_scale != 1
+    context = torch.cat([negative_hidden_states, encoder_hidden_states]) if guided else encoder_hidden_states
+    for timestep in scheduler.timesteps:
+        model_input = scheduler.scale_model_input(latents, timestep)
+        model_input = torch.cat([model_input] * 2) if guided else model_input
+        noise_pred = unet(model_input.to(unet.dtype), timestep, context.to(unet.dtype)).sample.float()
+        if guided:
+            negative, positive = noise_pred.chunk(2)
+            noise_pred = negative + guidance_scale * (positive - negative)
+        latents = scheduler.step(noise_pred, timestep, latents).prev_sample
+        on_step()
+    return latents

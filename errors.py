@@ -1,0 +1,36 @@
+"""What a user can mend: one line on stderr and exit status 2."""
+
+import contextlib
+import os
+import sys
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong; the message says what, and what to do."""
+
+
+@contextlib.contextmanager
+def exit_on_user_error():
+    """Turns a UserError into one line on stderr and exit status 2; any other error keeps its traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an exception's message, or its type's name."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raises UserError unless folder `path` exists, or can be made, and can be written to; makes it."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make folder {path}: {reason(error)}; choose another place") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"cannot write to folder {path}; choose another place or change its permissions")

@@ -1,0 +1,334 @@
+"""Trains the embedded base from nothing: a Stable Diffusion in small, in the diffusers folder layout.
+
+    python pretrain_base.py --out embedded_base          # about an hour on 2 cores; continues where it stopped
+
+Four stages, each on captioned renders of procedurally dressed bodies and on patchworks of fabric; no picture
+shows a UV texture, so making those is left to the joint training:
+1. tokenizer (byte-level BPE);  2. text and image encoder, contrastively (CLIP, Radford et al. 2021);
+3. autoencoder;  4. UNet (v-prediction, zero terminal SNR: Lin et al. 2024).
+"""
+
+import argparse
+import json
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from atlas_dataset import procedural
+from diffusion import autocast, encode_latents, resolve_precision, training_target
+from render.utils import fill_outside, load_anny_body, look_at, orbit_cameras, render_views, studio_lights
+
+RESOLUTION = 256  # pixels; latents are 32 x 32
+CLIP_RESOLUTION = 128
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+PHENOTYPES = {  # Anny's axes: gender 0 male to 1 female; age 1/3 child, 2/3 adult, 1 old
+    "man": dict(gender=0.0, age=0.67), "woman": dict(gender=1.0, age=0.67),
+    "young boy": dict(gender=0.0, age=0.42), "young girl": dict(gender=1.0, age=0.42),
+    "elder man": dict(gender=0.0, age=0.92), "elder woman": dict(gender=1.0, age=0.92),
+}  # fmt: skip
+
+
+def render_scene(seed: int, index: int) -> tuple[np.ndarray, str]:
+    """Render `index` → (3, 256, 256) uint8 and its caption; the same for the same (seed, index)."""
+    rng = np.random.default_rng([seed, index])
+    outfit = procedural.sample_outfit(rng)
+    texture = procedural.paint_texture(outfit, index, RESOLUTION)
+    texture = fill_outside(texture[:3], texture[3] > 0)
+    body = load_anny_body(**PHENOTYPES[outfit.person], weight=float(rng.choice([0.3, 0.5, 0.7])))
+
+    width = RESOLUTION if rng.uniform() < 0.5 else RESOLUTION * 3 // 4
+    azimuth, elevation = torch.tensor([rng.uniform(0, 360)]), torch.tensor([rng.uniform(-12, 25)])
+    fov = torch.tensor([rng.uniform(20, 45)])
+    cameras = orbit_cameras(body, azimuth, elevation, fov, fill=rng.uniform(0.75, 0.95), aspect=width / RESOLUTION)
+    if rng.uniform() < 0.45:  # nearer, to a height between knees and face
+        eye = -(cameras.rotation.transpose(1, 2) @ cameras.translation[..., None])[..., 0]
+        height = body.vertices[:, 1].max()
+        target = torch.tensor([[0.0, rng.uniform(0.35, 0.92), 0.0]]) * height
+        cameras = look_at(target + (eye - target) * rng.uniform(0.3, 0.7), target, fov)
+    background = torch.tensor(rng.uniform(0, 1, (1, 3)), dtype=torch.float32)
+    with torch.no_grad():
+        picture = render_views(
+            body, texture[None], cameras, RESOLUTION, width, studio_lights(cameras), background, supersample=2
+        )
+    bars = (RESOLUTION - width) // 2  # portraits are padded to a square with black, as at inference
+    picture = F.pad(picture[0], (bars, bars)) * 255
+    caption = outfit.prompt if rng.uniform() < 0.5 else outfit.sentence(rng)
+    return picture.round().to(torch.uint8).numpy(), caption
+
+
+def load_renders(work: Path, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
+    """count renders (count, 3, 256, 256) uint8, memory-mapped, and their captions; made once."""
+    pictures, captions = work / f"renders_{count}.npy", work / f"captions_{count}.json"
+    if not captions.exists():
+        array = np.lib.format.open_memmap(pictures, "w+", np.uint8, (count, 3, RESOLUTION, RESOLUTION))
+        texts = []
+        with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,), mp_context=get_context("spawn")) as pool:
+            scenes = pool.map(partial(render_scene, seed), range(count), chunksize=32)
+            for index, (picture, caption) in enumerate(tqdm(scenes, "renders", total=count)):
+                array[index] = picture
+                texts.append(caption)
+        array.flush()
+        captions.write_text(json.dumps(texts))
+    return np.load(pictures, mmap_mode="r"), json.loads(captions.read_text())
+
+
+def train_stage(name: str, work: Path, modules: dict, loss_fn, steps: int, lr: float, ema=None, log_every=50):
+    """Trains modules on loss_fn(step) for `steps` steps of AdamW with a cosine decay; resumes from work/name.pt."""
+    parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 100) * (0.02 + 0.98 * (1 + np.cos(np.pi * step / steps)) / 2)
+    )
+    parts = {**modules, "optimizer": optimizer, "lr_scheduler": lr_scheduler, **({"ema": ema} if ema else {})}
+    saved, start, losses, seconds = work / f"{name}.pt", 0, [], 0.0
+    if saved.exists():
+        state = torch.load(saved, weights_only=True)
+        start, losses, seconds = state["step"], state["losses"], state["seconds"]
+        for key, part in parts.items():
+            part.load_state_dict(state[key])
+
+    def save(step):
+        state = {key: part.state_dict() for key, part in parts.items()}
+        torch.save({**state, "step": step, "losses": losses, "seconds": seconds}, saved.with_suffix(".tmp"))
+        os.replace(saved.with_suffix(".tmp"), saved)
+
+    progress = tqdm(range(start, steps), name, initial=start, total=steps)
+    last_save = clock = time.perf_counter()
+    recent = []
+    for step in progress:
+        torch.manual_seed(1_000_003 * step + 17)
+        loss = loss_fn(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        lr_scheduler.step()
+        if ema:
+            ema.step(parameters)
+        recent.append(float(loss.detach()))
+        if (step + 1) % log_every == 0 or step + 1 == steps:
+            losses.append([step + 1, float(np.mean(recent))])
+            progress.set_postfix(loss=f"{losses[-1][1]:.4f}")
+            recent = []
+        now = time.perf_counter()
+        if now - last_save > 120 or step + 1 == steps:
+            seconds, clock, last_save = seconds + now - clock, now, now
+            save(step + 1)
+    return {"steps": steps, "seconds": round(seconds), "first_loss": losses[0][1], "last_loss": losses[-1][1]}
+
+
+def train_tokenizer(out: Path, vocab_size: int = 1024):
+    """CLIP's tokenizer (lower case, byte-level BPE, '</w>' at a word's end) on the grammar's own sentences."""
+    rng = np.random.default_rng(0)
+    outfits = [procedural.sample_outfit(rng) for _ in range(4000)]
+    corpus = [text.lower() for outfit in outfits for text in (outfit.prompt, outfit.sentence(rng))]
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, show_progress=False, end_of_word_suffix="</w>", special_tokens=[],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(corpus, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    # CLIP's own order: bytes, bytes that end a word, merges, then the two markers.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
+    tokens = list(dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"]))
+    folder = out / "tokenizer"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+    CLIPTokenizer(
+        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=77
+    ).save_pretrained(folder)
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    return tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+
+
+def train_clip(out: Path, work: Path, pictures, captions, steps: int, batch: int, device, precision) -> dict:
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
+    input_ids = tokenize(tokenizer, captions)
+    longest = int((input_ids != tokenizer.eos_token_id).sum(1).max()) + 1
+    input_ids = input_ids[:, :longest]  # attention is causal: padding behind the end changes nothing before it
+    torch.manual_seed(0)
+    markers = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
+    text = CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=4, projection_dim=128, **markers)).to(device)  # fmt: skip
+    image = CLIPVisionModelWithProjection(CLIPVisionConfig(
+        hidden_size=192, intermediate_size=576, num_hidden_layers=3, num_attention_heads=6,
+        image_size=CLIP_RESOLUTION, patch_size=16, projection_dim=128)).to(device)  # fmt: skip
+    scale = torch.nn.ParameterDict({"log": torch.nn.Parameter(torch.tensor(2.66))}).to(device)
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+
+    def loss_fn(step):
+        rows = np.random.default_rng([1, step]).choice(len(pictures), batch, replace=False)
+        pixels = torch.from_numpy(np.stack([pictures[row] for row in rows])).to(device) / 255
+        pixels = (F.avg_pool2d(pixels, RESOLUTION // CLIP_RESOLUTION) - mean) / std
+        with autocast(device, precision):
+            image_embeds = image(pixel_values=pixels).image_embeds.float()
+            text_embeds = text(input_ids=input_ids[rows].to(device)).text_embeds.float()
+        logits = F.normalize(image_embeds, dim=-1) @ F.normalize(text_embeds, dim=-1).T
+        logits = logits * scale["log"].exp().clamp(max=100)
+        labels = torch.arange(batch, device=device)
+        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+    summary = train_stage("clip", work, {"text": text, "image": image, "scale": scale}, loss_fn, steps, lr=1e-3)
+    text.half().save_pretrained(out / "text_encoder")
+    image.half().save_pretrained(out / "image_encoder")
+    CLIPImageProcessor(
+        size={"shortest_edge": CLIP_RESOLUTION}, crop_size={"height": CLIP_RESOLUTION, "width": CLIP_RESOLUTION},
+        image_mean=CLIP_MEAN, image_std=CLIP_STD,
+    ).save_pretrained(out / "feature_extractor")  # fmt: skip
+    return summary
+
+
+def train_vae(out: Path, work: Path, pictures, steps: int, batch: int, device, precision) -> dict:
+    torch.manual_seed(1)
+    vae = AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(16, 32, 64, 96), layers_per_block=1,
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, norm_num_groups=8,
+        sample_size=RESOLUTION,
+    ).to(device)  # fmt: skip
+    patchwork = torch.stack([procedural.generic_picture(np.random.default_rng([2, i]), 256) for i in range(384)])
+
+    def loss_fn(step):
+        rng = np.random.default_rng([3, step])
+        crops = []
+        for _ in range(batch):
+            if rng.uniform() < 0.5:
+                picture = torch.from_numpy(pictures[rng.integers(len(pictures))].copy()) / 255
+            else:
+                picture = patchwork[rng.integers(len(patchwork))]
+            top, left = rng.integers(0, 129, 2)
+            crop = picture[:, top : top + 128, left : left + 128]
+            crops.append(crop.rot90(int(rng.integers(4)), (1, 2)).flip(2) if rng.uniform() < 0.5 else crop)
+        pixel_values = torch.stack(crops).to(device) * 2 - 1
+        with autocast(device, precision):
+            posterior = vae.encode(pixel_values).latent_dist
+            decoded = vae.decode(posterior.sample()).sample
+        error = decoded.float() - pixel_values
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        coarse = F.avg_pool2d(error, 8).abs().mean()
+        return error.abs().mean() + 0.5 * edges + coarse + 1e-5 * posterior.kl().mean() / 1024
+
+    summary = train_stage("vae", work, {"vae": vae}, loss_fn, steps, lr=2e-3)
+    with torch.no_grad():
+        sample = torch.from_numpy(pictures[:64].copy()).to(device) / 127.5 - 1
+        vae.register_to_config(scaling_factor=round(1 / vae.encode(sample).latent_dist.mean.std().item(), 4))
+    vae.half().save_pretrained(out / "vae")
+    return summary
+
+
+def train_unet(out: Path, work: Path, pictures, captions, steps: int, batch: int, device, precision) -> dict:
+    vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32).to(device).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(out / "text_encoder", dtype=torch.float32).to(device).eval()
+    noise_scheduler = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        rescale_betas_zero_snr=True, timestep_spacing="trailing", steps_offset=1, clip_sample=False,
+    )  # fmt: skip
+    DDIMScheduler.from_config(noise_scheduler.config, set_alpha_to_one=True).save_pretrained(out / "scheduler")
+
+    latents, context = [], []
+    with torch.no_grad(), autocast(device, precision):
+        for start in tqdm(range(0, len(pictures), 50), "latents and text states"):
+            pixel_values = torch.from_numpy(pictures[start : start + 50].copy()).to(device) / 127.5 - 1
+            latents.append(encode_latents(vae, pixel_values).half().cpu())
+            input_ids = tokenize(tokenizer, captions[start : start + 50]).to(device)
+            context.append(text_encoder(input_ids).last_hidden_state.half().cpu())
+        empty = text_encoder(tokenize(tokenizer, [""]).to(device)).last_hidden_state.half().cpu()
+    latents, context = torch.cat(latents), torch.cat(context)
+
+    torch.manual_seed(2)
+    unet = UNet2DConditionModel(
+        sample_size=RESOLUTION // 8, in_channels=4, out_channels=4, layers_per_block=1,
+        block_out_channels=(64, 112, 112), cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    ).to(device)  # fmt: skip
+    ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+
+    def loss_fn(step):
+        rows = np.random.default_rng([4, step]).choice(len(latents), batch, replace=False)
+        clean, states = latents[rows].to(device).float(), context[rows].clone()
+        states[torch.rand(batch) < 0.1] = empty
+        noise = torch.randn(clean.shape).to(device)
+        timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (batch,)).to(device)
+        noisy_latents = noise_scheduler.add_noise(clean, noise, timesteps)
+        with autocast(device, precision):
+            noise_pred = unet(noisy_latents, timesteps, states.to(device).float()).sample
+        return F.mse_loss(noise_pred.float(), training_target(noise_scheduler, clean, noise, timesteps))
+
+    summary = train_stage("unet", work, {"unet": unet}, loss_fn, steps, lr=6e-4, ema=ema)
+    ema.copy_to(unet.parameters())
+    unet.half().save_pretrained(out / "unet")
+    return summary
+
+
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.0",
+    "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+    "scheduler": ["diffusers", "DDIMScheduler"], "safety_checker": [None, None], "requires_safety_checker": False,
+    "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+}  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("embedded_base"))
+    parser.add_argument("--work", type=Path, default=Path("data_cache/pretrain"), help="renders and resumable state")
+    parser.add_argument("--renders", type=int, default=5000)
+    parser.add_argument("--clip-steps", type=int, default=900)
+    parser.add_argument("--vae-steps", type=int, default=1500)
+    parser.add_argument("--unet-steps", type=int, default=3600)
+    parser.add_argument("--mixed-precision", choices=("auto", "no", "bf16", "fp16"), default="auto")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    device = torch.device(args.device)
+    precision = resolve_precision(args.mixed_precision, device)
+    pictures, captions = load_renders(args.work, args.renders, seed=0)
+    train_tokenizer(args.out)
+    common = dict(device=device, precision=precision)
+    summary = {"renders": args.renders, "device": device.type, "precision": str(precision)}
+    summary["clip"] = train_clip(args.out, args.work, pictures, captions, args.clip_steps, 96, **common)
+    summary["vae"] = train_vae(args.out, args.work, pictures, args.vae_steps, 16, **common)
+    summary["unet"] = train_unet(args.out, args.work, pictures, captions, args.unet_steps, 20, **common)
+    (args.out / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
+    (args.out / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
