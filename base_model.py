@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
+from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 from transformers.utils import logging as transformers_logging
 
 from errors import UserError, reason
@@ -25,7 +25,7 @@ class BaseModel:
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     image_encoder: CLIPVisionModel | None
-    image_processor: CLIPImageProcessor | None
+    image_processor: CLIPImageProcessorPil | None
     noise_scheduler: DDPMScheduler
 
     @property
@@ -40,7 +40,12 @@ class BaseModel:
     @property
     def native_resolution(self) -> int:
         """Side in pixels of the pictures the UNet was trained on."""
-        return self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.unet.config.sample_size * self.vae_scale
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels a latent is wide (8 for Stable Diffusion)."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def modules(self) -> dict[str, torch.nn.Module]:
         found = {name: getattr(self, name) for name in ("unet", "vae", "text_encoder", "image_encoder")}
@@ -86,10 +91,10 @@ def load_base(
     vision = processor = None
     if image_encoder is not None:
         name = resolve_source(image_encoder)
-        vision, processor = load(CLIPVisionModel, name, dtype=dtype), load(CLIPImageProcessor, name)
+        vision, processor = load(CLIPVisionModel, name, dtype=dtype), load(CLIPImageProcessorPil, name)
     elif (Path(source) / "image_encoder").is_dir():
         vision = load(CLIPVisionModel, folder="image_encoder", dtype=dtype)
-        processor = load(CLIPImageProcessor, folder="feature_extractor")
+        processor = load(CLIPImageProcessorPil, folder="feature_extractor")
     base = BaseModel(
         unet=load(UNet2DConditionModel, folder="unet", dtype=dtype),
         vae=load(AutoencoderKL, folder="vae", dtype=dtype),

@@ -89,12 +89,13 @@ def load_trained(
     return TrainedModel(base, loaded, cfg)
 
 
-def load_checkpoint(folder: str | Path, device: torch.device, dtype: torch.dtype) -> TrainedModel:
-    """A checkpoint folder of ours, rebuilt from its own configuration."""
+def load_checkpoint(folder: str | Path, device: torch.device, dtype: torch.dtype, overrides: list[str] = ()) -> TrainedModel:
+    """A checkpoint folder of ours, rebuilt from its own configuration (with dotted overrides applied)."""
     folder = Path(folder)
     missing = [name for name in (CONFIG_FILE, LORA_FILE) if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder} is no checkpoint: {' and '.join(missing)} not found; a checkpoint holds "
                         f"{CONFIG_FILE}, {LORA_FILE} and, for images, {ALIGNER_FILE}")  # fmt: skip
     aligner = folder / ALIGNER_FILE
-    return load_trained(load_config(folder / CONFIG_FILE), folder, aligner if aligner.is_file() else None, device, dtype)
+    cfg = load_config(folder / CONFIG_FILE, overrides)
+    return load_trained(cfg, folder, aligner if aligner.is_file() else None, device, dtype)

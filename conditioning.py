@@ -5,12 +5,10 @@ so that text, image and any blend of the two enter the UNet alike.
 """
 
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from base_model import BaseModel
-from errors import UserError, reason
+from errors import UserError
 
 
 class QueryAligner(nn.Module):
@@ -96,34 +94,3 @@ def blend(text_states: Tensor, image_states: Tensor, img_weight: float) -> Tenso
     if img_weight in (0, 1):
         return image_states if img_weight else text_states
     return (1 - img_weight) * text_states + img_weight * image_states
-
-
-def open_image(path) -> Image.Image:
-    """A picture from disk, turned upright, as RGB or RGBA. Raises UserError when it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-            return image.convert("RGBA" if has_alpha else "RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read picture {path}: {reason(error)}; give a PNG, JPEG or WebP file") from None
-
-
-def prepare_image(image: Image.Image, size: int) -> Tensor:
-    """A picture of a person, padded to a square with black → (3, size, size) in [-1, 1]."""
-    canvas = Image.new("RGB", (max(image.size),) * 2)
-    corner = ((canvas.width - image.width) // 2, (canvas.height - image.height) // 2)
-    canvas.paste(image, corner, image if image.mode == "RGBA" else None)
-    return pixels_from_image(canvas.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def pixels_from_image(image: Image.Image) -> Tensor:
-    """RGB or RGBA picture → (3 or 4, H, W) in [-1, 1]."""
-    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return data.view(image.height, image.width, -1).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def image_from_pixels(pixel_values: Tensor) -> Image.Image:
-    """(3 or 4, H, W) in [-1, 1] → RGB or RGBA picture."""
-    data = ((pixel_values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(data)

@@ -7,7 +7,6 @@ import safetensors.torch
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 
@@ -39,11 +38,14 @@ def lora_parameters(unet) -> list[torch.nn.Parameter]:
 
 
 def save_lora(unet, folder: Path) -> None:
-    """Writes diffusers' LoRA file with rank and alpha in its metadata, for `load_lora_weights` anywhere."""
+    """Writes diffusers' LoRA file with rank and alpha in its metadata, for `load_lora_weights` anywhere.
+
+    The keys are PEFT's: diffusers' own older names cover attention alone, and a file that mixes both loads half.
+    """
     config = unet.peft_config["default"].to_dict()
     StableDiffusionPipeline.save_lora_weights(
         folder,
-        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
+        unet_lora_layers=get_peft_model_state_dict(unet),
         unet_lora_adapter_metadata={key: value for key, value in config.items() if value is not None},
     )
 
@@ -68,6 +70,9 @@ def load_lora(unet, path: str | Path) -> None:
                 str(file.parent), weight_name=file.name, return_lora_metadata=True, local_files_only=True
             )[::2]
             StableDiffusionPipeline.load_lora_into_unet(state, network_alphas=None, unet=unet, metadata=metadata)
+            expected = sum(key.startswith("unet.") for key in state)
+            if expected != len(lora_parameters(unet)):
+                raise ValueError(f"{len(lora_parameters(unet))} of its {expected} weights fit this UNet")
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
         raise UserError(f"cannot load the LoRA at {path}: {reason(error)}; was it made for another base?") from error
     parameters = lora_parameters(unet)

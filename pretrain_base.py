@@ -25,7 +25,7 @@ from diffusers.training_utils import EMAModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (
-    CLIPImageProcessor,
+    CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -202,7 +202,7 @@ def train_clip(out: Path, work: Path, pictures, captions, steps: int, batch: int
     summary = train_stage("clip", work, {"text": text, "image": image, "scale": scale}, loss_fn, steps, lr=1e-3)
     text.half().save_pretrained(out / "text_encoder")
     image.half().save_pretrained(out / "image_encoder")
-    CLIPImageProcessor(
+    CLIPImageProcessorPil(
         size={"shortest_edge": CLIP_RESOLUTION}, crop_size={"height": CLIP_RESOLUTION, "width": CLIP_RESOLUTION},
         image_mean=CLIP_MEAN, image_std=CLIP_STD,
     ).save_pretrained(out / "feature_extractor")  # fmt: skip

@@ -267,13 +267,12 @@ def _screen_barycentrics(corners: Tensor, column: Tensor, row: Tensor) -> Tensor
 
 
 def interpolate(fragments: Fragments, faces: Tensor, values: Tensor) -> Tensor:
-    """Corner values (V, C) or (N, V, C) at each pixel → (N, H, W, C), zero where nothing is."""
-    face_index = fragments.face_index.clamp(min=0)
-    if values.dim() == 2:
-        corners = values[faces[face_index]]  # (N, H, W, 3, C)
-    else:
-        corners = torch.stack([v[faces[index]] for v, index in zip(values, face_index)])
-    return (fragments.barycentrics[..., None] * corners).sum(-2)
+    """Corner values (V, C) at each pixel → (N, H, W, C), zero where nothing is."""
+    mask = fragments.mask
+    corners = values[faces[fragments.face_index[mask]]]  # (K, 3, C), covered pixels only
+    dense = values.new_zeros(*mask.shape, values.shape[-1])
+    dense[mask] = (fragments.barycentrics[mask][..., None] * corners).sum(-2)
+    return dense
 
 
 def vertex_normals(vertices: Tensor, faces: Tensor) -> Tensor:

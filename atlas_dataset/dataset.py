@@ -1,0 +1,163 @@
+"""Data sets: textures to build from (`HuggingFaceATLAS`, `ProceduralTextures`) and renders to train on (`ATLASLarge`)."""
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+from torch.utils.data import Dataset
+
+from atlas_dataset.procedural import paint_texture, sample_outfit
+from errors import UserError, reason
+from images import encode_image, image_from_pixels, open_image, prepare_image, texture_pixels
+
+INFO_FILE = "atlas_large.json"
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """One prompt a line; the last line may lack its line break."""
+    try:
+        prompts = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read prompts {path}: {reason(error)}; give a text file with a prompt a line") from None
+    empty = next((number for number, prompt in enumerate(prompts, 1) if not prompt.strip()), None)
+    if empty:
+        raise UserError(f"prompts {path}: line {empty} is empty; each line is one texture's prompt")
+    return [prompt.strip() for prompt in prompts]
+
+
+class HuggingFaceATLAS(Dataset):
+    """ATLAS textures as encoded pictures with their prompts, row by row.
+
+    source: a folder of pictures (in the order of their names), or ATLAS as on the hub: its hub name, or a local
+    copy of its parquet files, or its `save_to_disk` folder, with one column `image`. prompts: text file, a prompt
+    a line, in row order. A row is (encoded picture, prompt).
+    """
+
+    def __init__(self, source: str, prompts: str | Path | None, cache_dir: str | None = None):
+        folder = Path(source)
+        pictures = sorted(p for p in folder.glob("*") if p.suffix.lower() in PICTURE_SUFFIXES) if folder.is_dir() else []
+        self.rows = pictures or self._open_atlas(source, cache_dir)
+        if prompts is None:
+            raise UserError("ATLAS keeps its prompts apart; give their file with --prompts")
+        self.prompts = read_prompts(prompts)
+        if len(self.rows) > len(self.prompts):
+            raise UserError(f"{len(self.rows)} textures in {source} but {len(self.prompts)} prompts in {prompts}; "
+                            "give a line for each texture")  # fmt: skip
+
+    @staticmethod
+    def _open_atlas(source: str, cache_dir: str | None) -> datasets.Dataset:
+        folder = Path(source)
+        try:
+            if (folder / "state.json").exists():
+                rows = datasets.load_from_disk(source)
+            elif folder.is_dir() or (source.count("/") == 1 and not folder.is_absolute() and not folder.exists()):
+                rows = datasets.load_dataset(source, split="train", cache_dir=cache_dir)
+            else:
+                raise FileNotFoundError("no such folder")
+        except Exception as error:  # `datasets` raises many kinds
+            raise UserError(f"no textures in {source} ({reason(error)}); give a folder of PNG files or a copy of ATLAS") from error
+        if "image" not in rows.column_names:
+            raise UserError(f"{source} has columns {rows.column_names}; ATLAS has 'image'")
+        return rows.cast_column("image", datasets.Image(decode=False))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[bytes, str]:
+        if isinstance(self.rows, list):
+            return self.rows[index].read_bytes(), self.prompts[index]
+        picture = self.rows[index]["image"]
+        return picture["bytes"] or Path(picture["path"]).read_bytes(), self.prompts[index]
+
+
+class ProceduralTextures(Dataset):
+    """`count` textures painted on Anny, each with its prompt; held_out gives combinations never trained on."""
+
+    def __init__(self, count: int, size: int = 256, seed: int = 0, held_out: bool = False):
+        self.count, self.size, self.seed, self.held_out = count, size, seed, held_out
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[bytes, str]:
+        outfit = sample_outfit(np.random.default_rng([self.seed, index, self.held_out]), self.held_out)
+        texture = paint_texture(outfit, self.seed * 1_000_003 + index, self.size)
+        return encode_image(image_from_pixels(texture * 2 - 1), format="PNG"), outfit.prompt
+
+
+class ATLASLarge(Dataset):
+    """Rows for training, each picture decoded once.
+
+    root: a folder written by build_atlas_large.py, or the seed's layout (`load_from_disk` with columns `image`,
+    `texture`, `prompt`). task: "t2uv" has a row for each texture; "i2uv" and "joint" for each render.
+
+    A row: texture (3, resolution, resolution) in [-1, 1], filled outside the UV islands; prompt; and but for
+    t2uv image (3, image_size, image_size) in [-1, 1], padded to a square.
+    """
+
+    def __init__(self, root: str | Path, task: str, resolution: int, image_size: int = 224, cache_dir: str | None = None):
+        if task not in ("t2uv", "i2uv", "joint"):
+            raise ValueError(f"unknown task {task!r}")
+        self.task, self.resolution, self.image_size = task, resolution, image_size
+        root = Path(root)
+        try:
+            if (root / INFO_FILE).exists():
+                self._open_built(root, cache_dir)
+            elif (root / "state.json").exists():
+                self._open_seed_layout(root)
+            else:
+                raise UserError(f"no data set in {root}: neither {INFO_FILE} (build_atlas_large.py writes it) nor the "
+                                "seed's state.json; build one with 'python -m atlas_dataset.build_atlas_large'")  # fmt: skip
+        except (OSError, ValueError, KeyError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"cannot read data set {root}: {reason(error)}; build it again") from error
+        if not len(self):
+            raise UserError(f"data set {root} has no rows")
+
+    def _open_built(self, root: Path, cache_dir: str | None) -> None:
+        info = json.loads((root / INFO_FILE).read_text())
+        if not info.get("complete"):
+            raise UserError(f"data set {root} is not finished; run its build command again, it continues where it stopped")
+
+        def table(name):
+            files = sorted(str(path) for path in (root / name).glob("*.parquet"))
+            return datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=cache_dir)
+
+        self.textures = table("textures").cast_column("texture", datasets.Image(decode=False))
+        self.renders = None
+        if self.task != "t2uv":
+            self.renders = table("renders").cast_column("image", datasets.Image(decode=False))
+            position = {texture_id: row for row, texture_id in enumerate(self.textures["texture_id"])}
+            self.texture_rows = [position[texture_id] for texture_id in self.renders["texture_id"]]
+
+    def _open_seed_layout(self, root: Path) -> None:
+        rows = datasets.load_from_disk(str(root))
+        missing = {"texture", "prompt", *({"image"} if self.task != "t2uv" else ())} - set(rows.column_names)
+        if missing:
+            raise UserError(f"data set {root} lacks the columns {sorted(missing)}; it has {rows.column_names}")
+        for column in {"texture", "image"} & set(rows.column_names):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+        self.textures = rows.remove_columns("image") if "image" in rows.column_names else rows
+        self.renders = rows.remove_columns("texture") if self.task != "t2uv" else None
+        self.texture_rows = range(len(rows))
+
+    def __len__(self) -> int:
+        return len(self.textures if self.renders is None else self.renders)
+
+    def __getitem__(self, index: int) -> dict:
+        texture_row = self.textures[index if self.renders is None else self.texture_rows[index]]
+        row = {
+            "texture": texture_pixels(self._open(texture_row["texture"], f"texture of row {index}"), self.resolution),
+            "prompt": texture_row["prompt"],
+        }
+        if self.renders is not None:
+            image = self._open(self.renders[index]["image"], f"image of row {index}")
+            row["image"] = prepare_image(image, self.image_size)
+        return row
+
+    @staticmethod
+    def _open(picture: dict, name: str):
+        return open_image(picture["bytes"] or picture["path"], name)

@@ -1,0 +1,61 @@
+"""Pictures and pixels: reading files, the one conversion to [-1, 1], and preparing pictures and textures."""
+
+import io
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from errors import UserError, reason
+from render.utils import fill_outside
+
+
+def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:
+    """A picture from a file or from encoded bytes, turned upright, as RGB or RGBA.
+
+    Raises UserError, with `name` or the path, when it cannot be read.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image = ImageOps.exif_transpose(image)
+            has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+            return image.convert("RGBA" if has_alpha else "RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read picture {name or source}: {reason(error)}; give a PNG, JPEG or WebP file") from None
+
+
+def prepare_image(image: Image.Image, size: int) -> Tensor:
+    """A picture of a person, padded to a square with black → (3, size, size) in [-1, 1]."""
+    canvas = Image.new("RGB", (max(image.size),) * 2)
+    corner = ((canvas.width - image.width) // 2, (canvas.height - image.height) // 2)
+    canvas.paste(image, corner, image if image.mode == "RGBA" else None)
+    return pixels_from_image(canvas.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def pixels_from_image(image: Image.Image) -> Tensor:
+    """RGB or RGBA picture → (3 or 4, H, W) in [-1, 1]."""
+    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return data.view(image.height, image.width, -1).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def image_from_pixels(pixel_values: Tensor) -> Image.Image:
+    """(3 or 4, H, W) in [-1, 1] → RGB or RGBA picture."""
+    data = ((pixel_values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(data)
+
+
+def texture_pixels(image: Image.Image, size: int) -> Tensor:
+    """A texture → (3, size, size) in [-1, 1]; texels that its alpha leaves out take the nearest island's colour."""
+    if image.mode != "RGBA":
+        return pixels_from_image(image.resize((size, size), Image.Resampling.LANCZOS))
+    # Resized with alpha premultiplied, so that what lies under transparent texels bleeds into none.
+    pixels = pixels_from_image(image.convert("RGBa").resize((size, size), Image.Resampling.BOX).convert("RGBA"))
+    return fill_outside(pixels[:3], pixels[3] > 0)
+
+
+def encode_image(image: Image.Image, **options) -> bytes:
+    """options as of PIL's save: format="PNG", or format="JPEG", quality=95."""
+    buffer = io.BytesIO()
+    image.save(buffer, **options)
+    return buffer.getvalue()
