@@ -1,0 +1,21 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test lint
+setup: .venv/.ready
+demo: setup
+	$(BIN)/python demo.py
+test: .venv/.ready-test
+	$(BIN)/python -m pytest --cov --cov-fail-under=85
+lint: .venv/.ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/.ready: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -r requirements.txt
+	touch $@
+.venv/.ready-test: .venv/.ready tests/requirements.txt
+	$(BIN)/python -m pip install -q -r tests/requirements.txt
+	touch $@

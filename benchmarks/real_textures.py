@@ -1,0 +1,107 @@
+"""Joint training on a folder of real textures: does each prompt, and each unseen view, give back its own texture?
+
+    python benchmarks/real_textures.py DIR
+
+DIR holds smpl_uv.obj, real_textures/*.png and real_textures/prompts.txt. Trains on 40 renders of each texture, then
+generates from each prompt and from one further render of each. A hit: of the real textures, the nearest to what was
+generated, by mean squared error inside the UV mask at 64x64, is the right one. The last line is JSON.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import datasets
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from atlas_dataset.building import build_dataset, render_texture, sample_view
+from atlas_dataset.dataset import HuggingFaceATLAS
+from checkpoints import load_checkpoint
+from configuration import DEFAULT_CONFIG, dotted_overrides, load_config
+from diffusion import autocast, resolve_precision
+from errors import exit_on_user_error
+from generation import condition, generate
+from images import image_from_pixels, open_image, texture_pixels
+from render.utils import load_body, uv_mask
+from training import pick_device, train
+
+VIEWS, HEIGHT, WIDTH, SIDE, SEED = 40, 256, 192, 64, 0
+
+
+def nearest(generated: Tensor, real: Tensor, mask: Tensor) -> tuple[list[int], Tensor]:
+    """generated: (B, 3, R, R), real: (K, 3, 64, 64) in [-1, 1] → index of the nearest, and all errors (B, K) on [0, 1]."""
+    small = F.interpolate(generated, size=(SIDE, SIDE), mode="area")
+    error = ((small[:, None] - real[None]) / 2).square().mean(2)[..., mask].mean(-1)
+    return error.argmin(1).tolist(), error
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--keep", type=Path, help="folder for the data set, checkpoint and textures (default: thrown away)")
+    args, unknown = parser.parse_known_args()
+    datasets.disable_progress_bars()
+    began, work = time.perf_counter(), args.keep or Path(tempfile.mkdtemp())
+
+    with exit_on_user_error():
+        body_spec = f"obj:{args.folder / 'smpl_uv.obj'}"
+        source = HuggingFaceATLAS(str(args.folder / "real_textures"), args.folder / "real_textures" / "prompts.txt")
+        dataset = build_dataset(source, body_spec, VIEWS, work / "data", HEIGHT, WIDTH, SEED)
+        cfg = load_config(DEFAULT_CONFIG, [
+            f"data.dataset={dataset}", f"data.body={body_spec}", f"data.cache_dir={work / 'cache'}",
+            f"output.out_dir={work / 'checkpoints'}", f"output.log_dir={work / 'logs'}", "output.sample_every=1000000",
+            "output.save_every=1000000", f"training.seed={SEED}", f"training.joint.max_steps={args.steps}",
+            "training.joint.batch_size=14", "training.joint.effective_batch_size=14",
+            *dotted_overrides(parser, unknown),
+        ])  # fmt: skip
+        checkpoint = train(cfg, "joint")
+
+        device = pick_device(cfg.training.device)
+        trained = load_checkpoint(checkpoint, device, torch.float32)
+        body = load_body(body_spec)
+        textures = [open_image(encoded) for encoded, _ in (source[row] for row in range(len(source)))]
+        real = torch.stack([texture_pixels(texture, SIDE) for texture in textures])
+        mask = uv_mask(body, SIDE)
+        prompts = source.prompts[: len(source)]
+        views = [
+            image_from_pixels(render_texture(body, texture_pixels(texture, 1024), [sample_view(SEED, row, VIEWS)], HEIGHT, WIDTH)[0])
+            for row, texture in enumerate(textures)
+        ]
+        generated = {}
+        with torch.no_grad(), autocast(device, resolve_precision(cfg.training.mixed_precision, device)):
+            for name, states in (
+                ("text", [condition(trained, prompt, None, 0) for prompt in prompts]),
+                ("image", [condition(trained, None, view, 1) for view in views]),
+            ):
+                generated[name] = generate(
+                    trained, torch.cat(states), cfg.inference.negative_prompt, [SEED] * len(source),
+                    cfg.inference.num_inference_steps, cfg.inference.guidance_scale,
+                ).cpu()  # fmt: skip
+        seconds = time.perf_counter() - began
+
+    found = {name: nearest(pictures, real, mask) for name, pictures in generated.items()}
+    print(f"{'texture':<9}{'by text':<9}{'error':<9}{'by image':<10}{'error':<9}prompt")
+    for row, prompt in enumerate(prompts):
+        (text, text_error), (image, image_error) = found["text"], found["image"]
+        print(f"{row:<9}{text[row]:<9}{text_error[row, row]:<9.4f}{image[row]:<10}{image_error[row, row]:<9.4f}{prompt}")
+    if args.keep:
+        full = torch.stack([texture_pixels(texture, generated["text"].shape[-1]) for texture in textures])
+        rows = [full, generated["text"], generated["image"]]
+        image_from_pixels(torch.cat([torch.cat([*row], dim=-1) for row in rows], dim=-2)).save(work / "textures.png")
+    else:
+        shutil.rmtree(work)
+    hits = {f"{name}_hits": sum(index == row for row, index in enumerate(indices)) for name, (indices, _) in found.items()}
+    print(json.dumps({**hits, "textures": len(source), "seconds": round(seconds)}))
+
+
+if __name__ == "__main__":
+    main()
