@@ -212,7 +212,7 @@ def train_clip(out: Path, work: Path, pictures, captions, steps: int, batch: int
 def train_vae(out: Path, work: Path, pictures, steps: int, batch: int, device, precision) -> dict:
     torch.manual_seed(1)
     vae = AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(16, 32, 64, 96), layers_per_block=1,
+        in_channels=3, out_channels=3, latent_channels=8, block_out_channels=(16, 32, 64, 96), layers_per_block=1,
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, norm_num_groups=8,
         sample_size=RESOLUTION,
     ).to(device)  # fmt: skip
@@ -228,7 +228,12 @@ def train_vae(out: Path, work: Path, pictures, steps: int, batch: int, device, p
                 picture = patchwork[rng.integers(len(patchwork))]
             top, left = rng.integers(0, 129, 2)
             crop = picture[:, top : top + 128, left : left + 128]
-            crops.append(crop.rot90(int(rng.integers(4)), (1, 2)).flip(2) if rng.uniform() < 0.5 else crop)
+            crop = crop.rot90(int(rng.integers(4)), (1, 2))[torch.from_numpy(rng.permutation(3))]
+            dark, light = rng.uniform(0, 0.4, 3), rng.uniform(0.6, 1, 3)  # any palette, not the grammar's alone
+            if rng.uniform() < 0.3:
+                dark, light = dark[:1].repeat(3), light[:1].repeat(3)
+            dark, light = (torch.tensor(ends, dtype=torch.float32)[:, None, None] for ends in (dark, light))
+            crops.append(crop if rng.uniform() < 0.4 else dark + (light - dark) * crop)
         pixel_values = torch.stack(crops).to(device) * 2 - 1
         with autocast(device, precision):
             posterior = vae.encode(pixel_values).latent_dist
@@ -236,9 +241,9 @@ def train_vae(out: Path, work: Path, pictures, steps: int, batch: int, device, p
         error = decoded.float() - pixel_values
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         coarse = F.avg_pool2d(error, 8).abs().mean()
-        return error.abs().mean() + 0.5 * edges + coarse + 1e-5 * posterior.kl().mean() / 1024
+        return error.abs().mean() + 0.3 * edges + coarse + 1e-5 * posterior.kl().mean() / 1024
 
-    summary = train_stage("vae", work, {"vae": vae}, loss_fn, steps, lr=2e-3)
+    summary = train_stage("vae", work, {"vae": vae}, loss_fn, steps, lr=1.5e-3)
     with torch.no_grad():
         sample = torch.from_numpy(pictures[:64].copy()).to(device) / 127.5 - 1
         vae.register_to_config(scaling_factor=round(1 / vae.encode(sample).latent_dist.mean.std().item(), 4))
@@ -268,7 +273,7 @@ def train_unet(out: Path, work: Path, pictures, captions, steps: int, batch: int
 
     torch.manual_seed(2)
     unet = UNet2DConditionModel(
-        sample_size=RESOLUTION // 8, in_channels=4, out_channels=4, layers_per_block=1,
+        sample_size=RESOLUTION // 8, in_channels=8, out_channels=8, layers_per_block=1,
         block_out_channels=(64, 112, 112), cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -308,8 +313,8 @@ def main():
     parser.add_argument("--work", type=Path, default=Path("data_cache/pretrain"), help="renders and resumable state")
     parser.add_argument("--renders", type=int, default=5000)
     parser.add_argument("--clip-steps", type=int, default=900)
-    parser.add_argument("--vae-steps", type=int, default=1500)
-    parser.add_argument("--unet-steps", type=int, default=3600)
+    parser.add_argument("--vae-steps", type=int, default=1400)
+    parser.add_argument("--unet-steps", type=int, default=3000)
     parser.add_argument("--mixed-precision", choices=("auto", "no", "bf16", "fp16"), default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
