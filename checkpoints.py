@@ -89,7 +89,9 @@ def load_trained(
     return TrainedModel(base, loaded, cfg)
 
 
-def load_checkpoint(folder: str | Path, device: torch.device, dtype: torch.dtype, overrides: list[str] = ()) -> TrainedModel:
+def load_checkpoint(
+    folder: str | Path, device: torch.device, dtype: torch.dtype, overrides: list[str] = ()
+) -> TrainedModel:
     """A checkpoint folder of ours, rebuilt from its own configuration (with dotted overrides applied)."""
     folder = Path(folder)
     missing = [name for name in (CONFIG_FILE, LORA_FILE) if not (folder / name).is_file()]

@@ -55,7 +55,9 @@ def make_aligner(settings, base: BaseModel) -> nn.Module:
     image_dim, context_dim = base.image_encoder.config.hidden_size, base.unet.config.cross_attention_dim
     attended = context_dim if settings.kind == "query" else image_dim
     if attended % settings.heads:
-        raise UserError(f"model.aligner.heads: {settings.heads} does not divide the {settings.kind} aligner's width {attended}")
+        raise UserError(
+            f"model.aligner.heads: {settings.heads} does not divide the {settings.kind} aligner's width {attended}"
+        )
     if settings.kind == "pooled":
         aligner = PooledAligner(image_dim, context_dim, base.context_tokens, settings.heads)
     else:

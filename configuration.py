@@ -28,6 +28,10 @@ def _number(value):
 
 
 Number = Annotated[float, BeforeValidator(_number)]
+# YAML 1.1 reads a bare `no` as false.
+Precision = Annotated[
+    Literal["auto", "no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)
+]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 
@@ -79,14 +83,16 @@ class Schedule(Section):
     @model_validator(mode="after")
     def _divides(self):
         if self.effective_batch_size % self.batch_size:
-            raise ValueError(f"effective_batch_size {self.effective_batch_size} is not a multiple of batch_size {self.batch_size}")
+            raise ValueError(
+                f"effective_batch_size {self.effective_batch_size} is not a multiple of batch_size {self.batch_size}"
+            )
         return self
 
 
 class Training(Section):
     seed: int = 0
     device: str = "auto"  # auto: CUDA where there is one
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 where the hardware has it
+    mixed_precision: Precision = "auto"  # auto: bf16 where the hardware has it
     joint: Schedule = Schedule()
     t2uv: Schedule = Schedule()
     i2uv: Schedule = Schedule()
@@ -183,9 +189,10 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
             if not isinstance(target, dict):
                 raise UserError(f"unknown key {key!r}: {section!r} is not a section")
         try:
-            target[name] = yaml.safe_load(text)
+            value = yaml.safe_load(text)
         except yaml.YAMLError:
-            target[name] = text
+            value = text
+        target[name] = text if isinstance(value, dict) else value  # "{prompt}" is text, not a section
     return read_config(values, str(path))
 
 

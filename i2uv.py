@@ -1,6 +1,6 @@
 """Trains image to UV: one LoRA-adapted UNet, told by pictures through an aligner.
 
-    python i2uv.py --config config/train_config.yaml --training.i2uv.max_steps=200
+python i2uv.py --config config/train_config.yaml --training.i2uv.max_steps=200
 """
 
 from configuration import parse_training_args

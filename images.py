@@ -22,7 +22,9 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
             has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
             return image.convert("RGBA" if has_alpha else "RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read picture {name or source}: {reason(error)}; give a PNG, JPEG or WebP file") from None
+        raise UserError(
+            f"cannot read picture {name or source}: {reason(error)}; give a PNG, JPEG or WebP file"
+        ) from None
 
 
 def prepare_image(image: Image.Image, size: int) -> Tensor:

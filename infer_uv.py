@@ -1,8 +1,8 @@
 """Makes UV textures from a prompt, a picture, or both.
 
-    python infer_uv.py --prompt "a woman in a green sweater and blue jeans"
-    python infer_uv.py --image person.jpg --turntable
-    python infer_uv.py --prompt "..." --image person.jpg --img-weight 0.5
+python infer_uv.py --prompt "a woman in a green sweater and blue jeans"
+python infer_uv.py --image person.jpg --turntable
+python infer_uv.py --prompt "..." --image person.jpg --img-weight 0.5
 """
 
 import argparse

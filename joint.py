@@ -1,6 +1,6 @@
 """Trains text to UV and image to UV together: batches of both through one LoRA-adapted UNet.
 
-    python joint.py --config config/train_config.yaml --training.joint.max_steps=200
+python joint.py --config config/train_config.yaml --training.joint.max_steps=200
 """
 
 from configuration import parse_training_args

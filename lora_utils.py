@@ -93,7 +93,9 @@ def _load_peft_adapter(unet, folder: Path) -> None:
     state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
     result = set_peft_model_state_dict(unet, state)
     if result.unexpected_keys:
-        raise ValueError(f"{len(result.unexpected_keys)} of its weights fit no layer, such as {result.unexpected_keys[0]}")
+        raise ValueError(
+            f"{len(result.unexpected_keys)} of its weights fit no layer, such as {result.unexpected_keys[0]}"
+        )
 
 
 def all_finite(tensors) -> bool:

@@ -10,6 +10,7 @@ shows a UV texture, so making those is left to the joint training:
 
 import argparse
 import json
+import math
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -82,7 +83,9 @@ def load_renders(work: Path, count: int, seed: int) -> tuple[np.ndarray, list[st
     if not captions.exists():
         array = np.lib.format.open_memmap(pictures, "w+", np.uint8, (count, 3, RESOLUTION, RESOLUTION))
         texts = []
-        with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,), mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(
+            initializer=torch.set_num_threads, initargs=(1,), mp_context=get_context("spawn")
+        ) as pool:
             scenes = pool.map(partial(render_scene, seed), range(count), chunksize=32)
             for index, (picture, caption) in enumerate(tqdm(scenes, "renders", total=count)):
                 array[index] = picture
@@ -92,12 +95,14 @@ def load_renders(work: Path, count: int, seed: int) -> tuple[np.ndarray, list[st
     return np.load(pictures, mmap_mode="r"), json.loads(captions.read_text())
 
 
-def train_stage(name: str, work: Path, modules: dict, loss_fn, steps: int, lr: float, ema=None, log_every=50):
+def train_stage(
+    name: str, work: Path, modules: dict, loss_fn, steps: int, lr: float, ema=None, log_every=50, save_seconds=120
+):
     """Trains modules on loss_fn(step) for `steps` steps of AdamW with a cosine decay; resumes from work/name.pt."""
     parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 100) * (0.02 + 0.98 * (1 + np.cos(np.pi * step / steps)) / 2)
+        optimizer, lambda step: min(1, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
     )
     parts = {**modules, "optimizer": optimizer, "lr_scheduler": lr_scheduler, **({"ema": ema} if ema else {})}
     saved, start, losses, seconds = work / f"{name}.pt", 0, [], 0.0
@@ -131,7 +136,7 @@ def train_stage(name: str, work: Path, modules: dict, loss_fn, steps: int, lr: f
             progress.set_postfix(loss=f"{losses[-1][1]:.4f}")
             recent = []
         now = time.perf_counter()
-        if now - last_save > 120 or step + 1 == steps:
+        if now - last_save > save_seconds or step + 1 == steps:
             seconds, clock, last_save = seconds + now - clock, now, now
             save(step + 1)
     return {"steps": steps, "seconds": round(seconds), "first_loss": losses[0][1], "last_loss": losses[-1][1]}
@@ -145,7 +150,11 @@ def train_tokenizer(out: Path, vocab_size: int = 1024):
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, show_progress=False, end_of_word_suffix="</w>", special_tokens=[],
@@ -177,7 +186,9 @@ def train_clip(out: Path, work: Path, pictures, captions, steps: int, batch: int
     longest = int((input_ids != tokenizer.eos_token_id).sum(1).max()) + 1
     input_ids = input_ids[:, :longest]  # attention is causal: padding behind the end changes nothing before it
     torch.manual_seed(0)
-    markers = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
+    markers = dict(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id
+    )
     text = CLIPTextModelWithProjection(CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4,
         num_attention_heads=4, projection_dim=128, **markers)).to(device)  # fmt: skip

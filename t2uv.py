@@ -1,6 +1,6 @@
 """Trains text to UV: one LoRA-adapted UNet, told by prompts.
 
-    python t2uv.py --config config/train_config.yaml --training.t2uv.max_steps=200
+python t2uv.py --config config/train_config.yaml --training.t2uv.max_steps=200
 """
 
 from configuration import parse_training_args

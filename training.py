@@ -174,14 +174,16 @@ def batch_losses(
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is CUDA where there is one. Raises UserError for a device this machine lacks."""
+    """ "auto" is CUDA where there is one. Raises UserError for a device this machine lacks."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"training.device {name!r} cannot be used ({reason(error)}); set it to auto, cpu or cuda") from None
+        raise UserError(
+            f"training.device {name!r} cannot be used ({reason(error)}); set it to auto, cpu or cuda"
+        ) from None
 
 
 def step_generator(seed: int, global_step: int, micro_step: int) -> torch.Generator:
@@ -282,7 +284,9 @@ def sample_grid(trained: TrainedModel, dataset: ATLASLarge, task: str, precision
             cfg.inference.num_inference_steps, cfg.inference.guidance_scale,
         ).cpu()  # fmt: skip
     body, size = load_body(cfg.data.body), 256
-    cameras = orbit_cameras(body, torch.tensor([0.0, 90.0, 180.0, 270.0]), torch.full((4,), 8.0), torch.full((4,), 30.0))
+    cameras = orbit_cameras(
+        body, torch.tensor([0.0, 90.0, 180.0, 270.0]), torch.full((4,), 8.0), torch.full((4,), 30.0)
+    )
     lines = []
     for texture in textures:
         views = render_views(body, (texture[None] + 1) / 2, cameras, size, size)

@@ -18,7 +18,9 @@ from errors import UserError, exit_on_user_error
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--textures", required=True, help="folder of pictures, copy or hub name of ATLAS, or procedural:COUNT")
+    parser.add_argument(
+        "--textures", required=True, help="folder of pictures, copy or hub name of ATLAS, or procedural:COUNT"
+    )
     parser.add_argument("--prompts", help="text file, a prompt a line in the textures' order")
     parser.add_argument("--body", default="anny", help="anny or obj:PATH (default: %(default)s)")
     parser.add_argument("--views", type=int, default=5, help="renders of each texture (default: %(default)s)")

@@ -66,7 +66,9 @@ def render_texture(
     pictures = []
     for start in range(0, len(views), VIEWS_AT_ONCE):
         chunk = views[start : start + VIEWS_AT_ONCE]
-        columns = {key: torch.tensor([view[key] for view in chunk], dtype=torch.float32).to(texture.device) for key in chunk[0]}
+        columns = {
+            key: torch.tensor([view[key] for view in chunk], dtype=torch.float32).to(texture.device) for key in chunk[0]
+        }
         cameras = orbit_cameras(body, *(columns[key] for key in VIEW_KEYS), aspect=width / height)
         background = torch.stack([columns[channel] for channel in ("red", "green", "blue")], dim=-1)
         rendered = render_views(
@@ -104,28 +106,30 @@ def build_dataset(
     for name in ("textures", "renders"):
         (out / name).mkdir(exist_ok=True)
 
-    progress = tqdm(total=len(source) * views, desc="renders", unit="row")
-    for shard, start in enumerate(range(0, len(source), TEXTURES_PER_SHARD)):
-        rows = range(start, min(start + TEXTURES_PER_SHARD, len(source)))
-        textures_file, renders_file = (out / name / f"shard-{shard:05d}.parquet" for name in ("textures", "renders"))
-        if renders_file.exists():  # written last, so both are whole
-            progress.update(len(rows) * views)
-            continue
-        textures, renders = [], []
-        for texture_id in rows:
-            encoded, prompt = source[texture_id]
-            image = open_image(encoded, f"texture {texture_id} ({prompt})")
-            texture = texture_pixels(image, max(image.size)).to(device)
-            sampled = [sample_view(seed, texture_id, view) for view in range(views)]
-            textures.append({"texture_id": texture_id, "texture": {"bytes": encoded, "path": None}, "prompt": prompt})
-            for view, picture in enumerate(render_texture(body, texture, sampled, height, width)):
-                jpeg = encode_image(image_from_pixels(picture), format="JPEG", quality=95, subsampling=0)
-                camera = {key: sampled[view][key] for key in VIEW_KEYS}
-                renders.append({"texture_id": texture_id, "view": view, "image": {"bytes": jpeg, "path": None}, **camera})
-            progress.update(views)
-        _write_parquet(textures, "texture", textures_file)
-        _write_parquet(renders, "image", renders_file)
-    progress.close()
+    with tqdm(total=len(source) * views, desc="renders", unit="row") as progress:
+        for shard, start in enumerate(range(0, len(source), TEXTURES_PER_SHARD)):
+            texture_ids = range(start, min(start + TEXTURES_PER_SHARD, len(source)))
+            textures_file, renders_file = (
+                out / name / f"shard-{shard:05d}.parquet" for name in ("textures", "renders")
+            )
+            if renders_file.exists():  # written last, so both are whole
+                progress.update(len(texture_ids) * views)
+                continue
+            textures, renders = [], []
+            for texture_id in texture_ids:
+                encoded, prompt = source[texture_id]
+                image = open_image(encoded, f"texture {texture_id} ({prompt})")
+                texture = texture_pixels(image, max(image.size)).to(device)
+                sampled = [sample_view(seed, texture_id, view) for view in range(views)]
+                stored = {"texture": {"bytes": encoded, "path": None}, "prompt": prompt}
+                textures.append({"texture_id": texture_id, **stored})
+                for view, picture in enumerate(render_texture(body, texture, sampled, height, width)):
+                    jpeg = encode_image(image_from_pixels(picture), format="JPEG", quality=95, subsampling=0)
+                    stored = {"image": {"bytes": jpeg, "path": None}, **{key: sampled[view][key] for key in VIEW_KEYS}}
+                    renders.append({"texture_id": texture_id, "view": view, **stored})
+                progress.update(views)
+            _write_parquet(textures, "texture", textures_file)
+            _write_parquet(renders, "image", renders_file)
     _write(out / "README.md", DATA_CARD.format(**info))
     _write(info_file, json.dumps({**info, "complete": True}))
     return out

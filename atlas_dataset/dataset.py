@@ -37,7 +37,9 @@ class HuggingFaceATLAS(Dataset):
 
     def __init__(self, source: str, prompts: str | Path | None, cache_dir: str | None = None):
         folder = Path(source)
-        pictures = sorted(p for p in folder.glob("*") if p.suffix.lower() in PICTURE_SUFFIXES) if folder.is_dir() else []
+        pictures = (
+            sorted(p for p in folder.glob("*") if p.suffix.lower() in PICTURE_SUFFIXES) if folder.is_dir() else []
+        )
         self.rows = pictures or self._open_atlas(source, cache_dir)
         if prompts is None:
             raise UserError("ATLAS keeps its prompts apart; give their file with --prompts")
@@ -57,7 +59,9 @@ class HuggingFaceATLAS(Dataset):
             else:
                 raise FileNotFoundError("no such folder")
         except Exception as error:  # `datasets` raises many kinds
-            raise UserError(f"no textures in {source} ({reason(error)}); give a folder of PNG files or a copy of ATLAS") from error
+            raise UserError(
+                f"no textures in {source} ({reason(error)}); give a folder of PNG files or a copy of ATLAS"
+            ) from error
         if "image" not in rows.column_names:
             raise UserError(f"{source} has columns {rows.column_names}; ATLAS has 'image'")
         return rows.cast_column("image", datasets.Image(decode=False))
@@ -97,7 +101,9 @@ class ATLASLarge(Dataset):
     t2uv image (3, image_size, image_size) in [-1, 1], padded to a square.
     """
 
-    def __init__(self, root: str | Path, task: str, resolution: int, image_size: int = 224, cache_dir: str | None = None):
+    def __init__(
+        self, root: str | Path, task: str, resolution: int, image_size: int = 224, cache_dir: str | None = None
+    ):
         if task not in ("t2uv", "i2uv", "joint"):
             raise ValueError(f"unknown task {task!r}")
         self.task, self.resolution, self.image_size = task, resolution, image_size
@@ -120,7 +126,9 @@ class ATLASLarge(Dataset):
     def _open_built(self, root: Path, cache_dir: str | None) -> None:
         info = json.loads((root / INFO_FILE).read_text())
         if not info.get("complete"):
-            raise UserError(f"data set {root} is not finished; run its build command again, it continues where it stopped")
+            raise UserError(
+                f"data set {root} is not finished; run its build command again, it continues where it stopped"
+            )
 
         def table(name):
             files = sorted(str(path) for path in (root / name).glob("*.parquet"))

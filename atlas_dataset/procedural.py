@@ -114,7 +114,9 @@ def body_maps(size: int) -> BodyMaps:
         return interpolate(fragments, body.faces, bones[strongest].float()[:, None])[0][mask][:, 0].numpy() > 0.5
 
     x, y, z = position.abs()[:, 0], position[:, 1], position[:, 2]
-    shoulder, elbow, wrist = (torch.tensor(p) for p in ((0.165, 1.293, 0.013), (0.334, 1.105, 0.019), (0.45, 0.987, 0.174)))
+    shoulder, elbow, wrist = (
+        torch.tensor(p) for p in ((0.165, 1.293, 0.013), (0.334, 1.105, 0.019), (0.45, 0.987, 0.174))
+    )
     mirrored = torch.stack([x, y, z], -1)
 
     def along(start, end):
@@ -134,12 +136,16 @@ def body_maps(size: int) -> BodyMaps:
 def smooth_noise(points: np.ndarray, rng: np.random.Generator, scale: float, waves: int = 5) -> np.ndarray:
     """A sum of random sine waves with a wavelength of about `scale` metres. points: (K, 3) → (K,), about [-1, 1]."""
     directions = rng.normal(size=(3, waves)).astype(np.float32)
-    directions *= 2 * np.pi / scale * rng.uniform(0.6, 1.5, waves).astype(np.float32) / np.linalg.norm(directions, axis=0)
+    directions *= (
+        2 * np.pi / scale * rng.uniform(0.6, 1.5, waves).astype(np.float32) / np.linalg.norm(directions, axis=0)
+    )
     return np.sin(points @ directions + rng.uniform(0, 6.28, waves).astype(np.float32)).mean(-1) * 1.6
 
 
 def jitter(colour, rng: np.random.Generator, amount: float) -> np.ndarray:
-    return np.clip(np.array(colour, np.float32) / 255 * rng.uniform(1 - amount, 1 + amount) + rng.normal(0, amount / 5, 3), 0, 1)
+    return np.clip(
+        np.array(colour, np.float32) / 255 * rng.uniform(1 - amount, 1 + amount) + rng.normal(0, amount / 5, 3), 0, 1
+    )
 
 
 def fabric(style: str, points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -168,7 +174,9 @@ def fabric(style: str, points: np.ndarray, rng: np.random.Generator) -> np.ndarr
         shift, cell = rng.uniform(0, 1, 3), 0.085
         lattice = np.floor(points / cell + shift).astype(np.int64)
         key = (lattice @ np.array([73856093, 19349663, 83492791])) & 0xFFFF
-        centre = (lattice + 0.3 + 0.4 * np.stack([key % 7, key % 11, key % 13], -1) / np.array([6, 10, 12]) - shift) * cell
+        centre = (
+            lattice + 0.3 + 0.4 * np.stack([key % 7, key % 11, key % 13], -1) / np.array([6, 10, 12]) - shift
+        ) * cell
         distance = np.linalg.norm(points - centre, axis=-1)
         colour[distance < 0.036] = petals[key % 3][distance < 0.036]
         colour[distance < 0.012] = (0.98, 0.90, 0.55)
@@ -203,7 +211,11 @@ def paint_skin(outfit: Outfit, maps: BodyMaps, rng: np.random.Generator) -> np.n
     lips = face & (((x / 0.025) ** 2 + ((y - MOUTH) / (0.008 if "man" in outfit.person.split() else 0.010)) ** 2) < 1)
     colours[lips] = skin * (0.88, 0.58, 0.58)
     hair = jitter(HAIR[outfit.hair], rng, 0.05)
-    brow = face & (np.abs(x - 0.031) < 0.018) & (np.abs(y - 1.537 + 0.6 * np.maximum(x - 0.038, 0)) < 0.0045 - 0.12 * np.maximum(x - 0.030, 0))
+    brow = (
+        face
+        & (np.abs(x - 0.031) < 0.018)
+        & (np.abs(y - 1.537 + 0.6 * np.maximum(x - 0.038, 0)) < 0.0045 - 0.12 * np.maximum(x - 0.030, 0))
+    )
     colours[brow] = 0.7 * hair + 0.3 * skin
     socket = face & (np.hypot((x - EYE[0]) / 0.019, (y - EYE[1]) / 0.009) < 1) & ~maps.is_eye
     colours[socket] *= 0.72
@@ -324,4 +336,3 @@ def generic_picture(rng: np.random.Generator, size: int) -> torch.Tensor:
             share = 0.5 + 0.5 * smooth_noise(points, rng, rng.uniform(0.05, 0.5))[:, None]
             picture[inside] = ends[0] * share + ends[1] * (1 - share)
     return torch.from_numpy(picture.clip(0, 1).reshape(size, size, 3)).permute(2, 0, 1).contiguous()
-

@@ -47,7 +47,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--keep", type=Path, help="folder for the data set, checkpoint and textures (default: thrown away)")
+    parser.add_argument(
+        "--keep", type=Path, help="folder for the data set, checkpoint and textures (default: thrown away)"
+    )
     args, unknown = parser.parse_known_args()
     datasets.disable_progress_bars()
     began, work = time.perf_counter(), args.keep or Path(tempfile.mkdtemp())
@@ -73,7 +75,9 @@ def main():
         mask = uv_mask(body, SIDE)
         prompts = source.prompts[: len(source)]
         views = [
-            image_from_pixels(render_texture(body, texture_pixels(texture, 1024), [sample_view(SEED, row, VIEWS)], HEIGHT, WIDTH)[0])
+            image_from_pixels(
+                render_texture(body, texture_pixels(texture, 1024), [sample_view(SEED, row, VIEWS)], HEIGHT, WIDTH)[0]
+            )
             for row, texture in enumerate(textures)
         ]
         generated = {}
@@ -92,14 +96,18 @@ def main():
     print(f"{'texture':<9}{'by text':<9}{'error':<9}{'by image':<10}{'error':<9}prompt")
     for row, prompt in enumerate(prompts):
         (text, text_error), (image, image_error) = found["text"], found["image"]
-        print(f"{row:<9}{text[row]:<9}{text_error[row, row]:<9.4f}{image[row]:<10}{image_error[row, row]:<9.4f}{prompt}")
+        print(
+            f"{row:<9}{text[row]:<9}{text_error[row, row]:<9.4f}{image[row]:<10}{image_error[row, row]:<9.4f}{prompt}"
+        )
     if args.keep:
         full = torch.stack([texture_pixels(texture, generated["text"].shape[-1]) for texture in textures])
         rows = [full, generated["text"], generated["image"]]
         image_from_pixels(torch.cat([torch.cat([*row], dim=-1) for row in rows], dim=-2)).save(work / "textures.png")
     else:
         shutil.rmtree(work)
-    hits = {f"{name}_hits": sum(index == row for row, index in enumerate(indices)) for name, (indices, _) in found.items()}
+    hits = {
+        f"{name}_hits": sum(index == row for row, index in enumerate(indices)) for name, (indices, _) in found.items()
+    }
     print(json.dumps({**hits, "textures": len(source), "seconds": round(seconds)}))
 
 

@@ -12,12 +12,19 @@ from errors import UserError, reason
 from render.utils import Body, orbit_cameras, render_views
 
 
-def turntable_frames(body: Body, texture: Tensor, frames: int = 36, height: int = 512, width: int = 384) -> list[Tensor]:
+def turntable_frames(
+    body: Body, texture: Tensor, frames: int = 36, height: int = 512, width: int = 384
+) -> list[Tensor]:
     """texture: (3, S, S) in [0, 1], filled outside the islands → `frames` pictures (3, height, width) in [0, 1]."""
     pictures = []
     for azimuth in torch.linspace(0, 360, frames + 1)[:-1].split(4):  # four at a time bounds the memory
         cameras = orbit_cameras(
-            body, azimuth, torch.full_like(azimuth, 6.0), torch.full_like(azimuth, 28.0), fill=0.94, aspect=width / height
+            body,
+            azimuth,
+            torch.full_like(azimuth, 6.0),
+            torch.full_like(azimuth, 28.0),
+            fill=0.94,
+            aspect=width / height,
         )
         background = torch.tensor([[0.93, 0.94, 0.96]]).expand(len(azimuth), -1)
         pictures.extend(render_views(body, texture[None], cameras, height, width, background=background))

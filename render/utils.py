@@ -176,9 +176,7 @@ def orbit_cameras(
     half_extent = torch.maximum((high - low)[1] / 2, radius / aspect)
     distance = half_extent / (torch.tan(torch.deg2rad(fov_degrees) / 2) * fill) + (high - low)[2] / 2
     azimuth, elevation = torch.deg2rad(azimuth), torch.deg2rad(elevation)
-    direction = torch.stack(
-        [azimuth.sin() * elevation.cos(), elevation.sin(), azimuth.cos() * elevation.cos()], dim=-1
-    )
+    direction = torch.stack([azimuth.sin() * elevation.cos(), elevation.sin(), azimuth.cos() * elevation.cos()], dim=-1)
     return look_at(centre + direction * distance[:, None], centre.expand_as(direction), fov_degrees)
 
 

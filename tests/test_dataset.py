@@ -1,0 +1,243 @@
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from atlas_dataset import procedural
+from atlas_dataset.build_atlas_large import main as build_main
+from atlas_dataset.building import build_dataset, sample_view
+from atlas_dataset.dataset import INFO_FILE, ATLASLarge, HuggingFaceATLAS, ProceduralTextures, read_prompts
+from errors import UserError
+from images import open_image
+from render.utils import fill_outside, load_body
+
+
+def test_built_rows_join_texture_prompt_and_render(dataset_dir, textures, tmp_path):
+    rows = ATLASLarge(dataset_dir, "joint", 16, 32, str(tmp_path))
+    assert len(rows) == 12 and len(ATLASLarge(dataset_dir, "t2uv", 16, 32, str(tmp_path))) == 4
+    row = rows[4]  # the second texture's second view
+    assert (
+        row["prompt"] == "a man in green" and row["texture"].shape == (3, 16, 16) and row["image"].shape == (3, 32, 32)
+    )
+    assert row["texture"][1].mean() > 0.5 and row["texture"][0].mean() < -0.5
+    centre = row["image"][:, 12:20, 14:18].mean((1, 2))
+    assert centre[1] > centre[0] + 0.3 and centre[1] > centre[2] + 0.3, "the render shows its own texture"
+    assert (row["image"][:, :, 0] == -1).all(), "padded with black"
+    for row in rows:
+        assert all(row[key].abs().max() <= 1 for key in ("texture", "image"))
+
+
+def test_textures_are_stored_once_bit_exact_and_load_without_this_project(dataset_dir, textures, tmp_path):
+    table = datasets.load_dataset(str(dataset_dir), "textures", split="train", cache_dir=str(tmp_path))
+    table = table.cast_column("texture", datasets.Image(decode=False))
+    assert len(table) == 4
+    assert [row["texture"]["bytes"] for row in table] == [(textures / f"{i}.png").read_bytes() for i in range(4)]
+    renders = datasets.load_dataset(str(dataset_dir), split="train", cache_dir=str(tmp_path))
+    assert renders[0]["image"].size == (24, 32)
+    assert {"texture_id", "view", "azimuth", "elevation", "fov_degrees"} <= set(renders.column_names)
+
+
+def test_each_picture_is_decoded_once(dataset_dir, tmp_path, monkeypatch):
+    rows, opened = ATLASLarge(dataset_dir, "joint", 16, 32, str(tmp_path)), []
+    monkeypatch.setattr("atlas_dataset.dataset.open_image", lambda *a: opened.append(a) or open_image(*a))
+    rows[0]
+    assert len(opened) == 2
+
+
+def test_the_seeds_layout_works(tmp_path):
+    def picture(colour, size):
+        return Image.new("RGB", size, colour)
+
+    columns = {
+        "image": [picture(c, (24, 32)) for c in ("red", "blue")],
+        "texture": [picture(c, (32, 32)) for c in ("red", "blue")], "prompt": ["a man in red", "a man in blue"],
+    }  # fmt: skip
+    features = datasets.Features(image=datasets.Image(), texture=datasets.Image(), prompt=datasets.Value("string"))
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "seed")
+    for task in ("t2uv", "i2uv", "joint"):
+        row = ATLASLarge(tmp_path / "seed", task, 16, 32)[1]
+        assert row["prompt"] == "a man in blue" and row["texture"][2].min() > 0.9
+        assert ("image" in row) == (task != "t2uv")
+    datasets.Dataset.from_dict({"prompt": ["a"]}).save_to_disk(tmp_path / "bad")
+    with pytest.raises(UserError, match="lacks the columns"):
+        ATLASLarge(tmp_path / "bad", "joint", 16, 32)
+
+
+@pytest.mark.parametrize("layout", ["parquet", "disk"])
+def test_a_copy_of_atlas(tmp_path, textures, layout):
+    encoded = [(textures / f"{i}.png").read_bytes() for i in range(4)]
+    table = datasets.Dataset.from_dict(
+        {"image": [{"bytes": data, "path": None} for data in encoded]},
+        features=datasets.Features(image=datasets.Image()),
+    )
+    folder = tmp_path / "atlas"
+    folder.mkdir()
+    if layout == "parquet":
+        table.to_parquet(folder / "train-00000-of-00001.parquet")
+    else:
+        table.save_to_disk(folder)
+    atlas = HuggingFaceATLAS(str(folder), textures / "prompts.txt", str(tmp_path / "cache"))
+    assert [atlas[i] for i in range(len(atlas))] == list(zip(encoded, read_prompts(textures / "prompts.txt")))
+
+
+def test_building_continues_after_the_last_whole_shard(tmp_path, mesh, textures, monkeypatch):
+    from atlas_dataset import building
+
+    monkeypatch.setattr(building, "TEXTURES_PER_SHARD", 1)
+    source = HuggingFaceATLAS(str(textures), textures / "prompts.txt")
+    arguments = (source, f"obj:{mesh}", 2)
+    whole = build_dataset(*arguments, tmp_path / "whole", 32, 24)
+    original, made = building.render_texture, []
+
+    def fails_at_the_third(*args):
+        made.append(1)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(building, "render_texture", fails_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        build_dataset(*arguments, tmp_path / "cut", 32, 24)
+    with pytest.raises(UserError, match="not finished"):
+        ATLASLarge(tmp_path / "cut", "joint", 16)
+    made.clear()
+    monkeypatch.setattr(building, "render_texture", lambda *args: made.append(1) or original(*args))
+    build_dataset(*arguments, tmp_path / "cut", 32, 24)
+    assert len(made) == 2, "the two whole shards are not made again"
+    for file in sorted(whole.rglob("*.parquet")):
+        assert file.read_bytes() == (tmp_path / "cut" / file.relative_to(whole)).read_bytes()
+    assert not list((tmp_path / "cut").rglob("*.partial"))
+    build_dataset(*arguments, tmp_path / "cut", 32, 24)
+    assert len(made) == 2
+    with pytest.raises(UserError, match="built with views 2, not 3"):
+        build_dataset(source, f"obj:{mesh}", 3, tmp_path / "cut", 32, 24)
+
+
+def test_views_follow_from_their_numbers_and_differ():
+    assert sample_view(0, 3, 1) == sample_view(0, 3, 1)
+    views = [sample_view(0, texture, view)["azimuth"] for texture in range(5) for view in range(5)]
+    assert len(set(views)) == 25 and max(views) - min(views) > 180
+
+
+def test_build_command(tmp_path, mesh, textures, run_script):
+    arguments = ["--textures", textures, "--prompts", textures / "prompts.txt", "--body", f"obj:{mesh}", "--views", 1,
+                 "--height", 32, "--width", 24]  # fmt: skip
+    status, out, _ = run_script(build_main, *arguments, "--out", tmp_path / "out")
+    assert status == 0 and "4 textures and 4 renders" in out
+    assert json.loads((tmp_path / "out" / INFO_FILE).read_text())["complete"]
+    status, out, _ = run_script(
+        build_main, "--textures", "procedural:2", "--views", 1, "--height", 32, "--width", 24, "--out", tmp_path / "p"
+    )
+    assert status == 0 and len(ATLASLarge(tmp_path / "p", "joint", 16, 32, str(tmp_path))) == 2
+
+
+@pytest.mark.parametrize(
+    "case,message",
+    [
+        ("no textures", "no textures in"), ("no prompts", "--prompts"), ("missing prompts", "cannot read prompts"),
+        ("too few prompts", "4 textures"), ("empty prompt", "line 2 is empty"), ("bad mesh", "cannot read mesh"),
+        ("broken texture", "cannot read picture texture 4"), ("views", "must be 1 or more"),
+        ("procedural", "procedural:COUNT"),
+    ],
+)  # fmt: skip
+def test_build_command_refuses(case, message, tmp_path, mesh, textures, run_script):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(textures, copy)
+    values = {"--textures": copy, "--prompts": copy / "prompts.txt", "--body": f"obj:{mesh}", "--views": 1,
+              "--height": 32, "--width": 24, "--out": tmp_path / "out"}  # fmt: skip
+    if case == "no textures":
+        values["--textures"] = tmp_path / "nowhere"
+    elif case == "no prompts":
+        del values["--prompts"]
+    elif case == "missing prompts":
+        values["--prompts"] = tmp_path / "nowhere.txt"
+    elif case == "too few prompts":
+        (copy / "prompts.txt").write_text("one\ntwo\n")
+    elif case == "empty prompt":
+        (copy / "prompts.txt").write_text("one\n\nthree\nfour\n")
+    elif case == "bad mesh":
+        values["--body"] = "obj:nowhere.obj"
+    elif case == "broken texture":
+        (copy / "prompts.txt").write_text("a\nb\nc\nd\ne\n")
+        (copy / "4.png").write_bytes(b"broken")
+    elif case == "views":
+        values["--views"] = 0
+    elif case == "procedural":
+        values["--textures"] = "procedural:x"
+    status, _, error = run_script(build_main, *(word for pair in values.items() for word in pair))
+    assert status == 2 and message in error
+    assert error.splitlines()[-1].startswith("error: ")
+    assert not list(tmp_path.glob("out/*/*")), "nothing half-written"
+
+
+def test_unreadable_data_sets(tmp_path):
+    with pytest.raises(UserError, match="no data set"):
+        ATLASLarge(tmp_path, "joint", 16)
+    (tmp_path / INFO_FILE).write_text("{")
+    with pytest.raises(UserError, match="build it again"):
+        ATLASLarge(tmp_path, "joint", 16)
+
+
+def test_procedural_textures_wear_what_the_prompt_says():
+    outfit = procedural.Outfit("Asian", "woman", "green", "long sleeve shirt", "orange", "shorts", "blonde")
+    texture = procedural.paint_texture(outfit, 3, 128)
+    assert texture.shape == (4, 128, 128) and texture.min() >= 0 and texture.max() <= 1
+    assert torch.equal(texture, procedural.paint_texture(outfit, 3, 128))
+    assert not torch.equal(texture, procedural.paint_texture(outfit, 4, 128))
+    maps, colours = procedural.body_maps(128), texture[:3, texture[3] > 0].T.numpy()
+    y, arm = maps.position[:, 1], maps.arm
+
+    def distance(where, colour):
+        return np.abs(np.median(colours[where], 0) - np.array(colour) / 255).max()
+
+    assert distance((arm < 0) & (y > 1.0) & (y < 1.2), procedural.COLOURS["green"]) < 0.12
+    assert distance((arm > 0.6) & (arm < 0.9), procedural.COLOURS["green"]) < 0.12, "a long sleeve"
+    assert distance((arm < 0) & (y > 0.6) & (y < 0.9), procedural.COLOURS["orange"]) < 0.12
+    assert distance((arm < 0) & (y > 0.2) & (y < 0.4), procedural.ETHNICITIES["Asian"]) < 0.12, "bare legs"
+    assert distance(maps.is_head & (y > 1.6), procedural.HAIR["blonde"]) < 0.15
+
+
+@pytest.mark.parametrize("top", procedural.TOPS)
+def test_every_garment_and_pattern_paints(top):
+    for style, person, bottom in zip(procedural.STYLES, procedural.PERSONS * 2, procedural.BOTTOMS * 4):
+        outfit = procedural.Outfit("white", person, style, top, style, bottom, "brown")
+        assert procedural.paint_texture(outfit, 0, 64).isfinite().all()
+
+
+def test_garments_meet_at_seams():
+    """Texels at one place on the body, on both sides of a UV seam, have nearly the same colour."""
+    outfit = procedural.Outfit("white", "man", "blue", "sweater", "green", "pants", "brown")
+    size, body = 256, load_body("anny")
+    texture = procedural.paint_texture(outfit, 0, size)
+    texture = fill_outside(texture[:3], texture[3] > 0)
+    pairs: dict[int, list[int]] = {}
+    for vertex, uv in zip(body.faces.flatten().tolist(), body.uv_faces.flatten().tolist()):
+        pairs.setdefault(vertex, []).append(uv)
+    seams = [(vertex, sorted(set(uvs))[:2]) for vertex, uvs in pairs.items() if len(set(uvs)) > 1]
+    inside = [uvs for vertex, uvs in seams if 0.2 < body.vertices[vertex, 1] < 0.85]
+    assert len(inside) > 40
+
+    def colour(index):
+        u, v = body.uvs[index]
+        return texture[:, min(int((1 - v) * size), size - 1), min(int(u * size), size - 1)]
+
+    differences = torch.stack([(colour(a) - colour(b)).abs().max() for a, b in inside])
+    assert differences.median() < 0.06
+
+
+def test_prompts_and_held_out_combinations():
+    rng = np.random.default_rng(0)
+    outfits = [procedural.sample_outfit(rng) for _ in range(200)]
+    assert not any(outfit.held_out for outfit in outfits)
+    assert all(procedural.sample_outfit(rng, held_out=True).held_out for _ in range(20))
+    assert procedural.Outfit("white", "woman", "black", "shirt", "striped", "jeans", "black").prompt == (
+        "white, woman, black shirt, striped jeans, black hair"
+    )
+    assert "wearing" in outfits[0].sentence(rng) or outfits[0].hair in outfits[0].sentence(rng)
+    first, second = ProceduralTextures(3, 64)[1], ProceduralTextures(3, 64)[1]
+    assert first == second and ProceduralTextures(3, 64, held_out=True)[1][1] != first[1]

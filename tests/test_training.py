@@ -1,0 +1,228 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import training
+from base_model import load_base
+from checkpoints import load_checkpoint
+from conditioning import make_aligner
+from conftest import command_line
+from errors import UserError
+from i2uv import main as i2uv_main
+from infer_uv import main as infer_main
+from joint import main as joint_main
+from lora_utils import add_lora, lora_parameters
+from t2uv import main as t2uv_main
+from training import batch_losses, shuffled_batches, step_generator, train
+
+MAINS = {"t2uv": t2uv_main, "i2uv": i2uv_main, "joint": joint_main}
+CONV_TARGETS = "model.lora.target_modules=[to_q, to_k, to_v, to_out.0, conv1, conv2, proj_in, proj_out]"
+
+
+def scalars(log_dir) -> dict[str, list[float]]:
+    (folder,) = Path(log_dir).iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    return {name: [event.value for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def state(module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("task", ["t2uv", "i2uv", "joint"])
+def test_scripts_train_save_and_infer(task, make_config, tmp_path, run_script, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = make_config("output.log_every=1", "output.save_every=2", "output.sample_every=3")
+    status, out, error = run_script(MAINS[task], *command_line(cfg))
+    assert status == 0, error
+    folders = sorted(path.name for path in (tmp_path / "checkpoints" / task).iterdir())
+    assert folders == ["step-000002", "step-000003"] and "step-000003" in out
+    logged = scalars(tmp_path / "logs")
+    losses = {"t2uv": {"loss/t2uv"}, "i2uv": {"loss/i2uv", "loss/align"},
+              "joint": {"loss/t2uv", "loss/i2uv", "loss/align"}}  # fmt: skip
+    assert set(logged) == {*losses[task], "loss/combined", "learning_rate", "samples_per_second"}
+    assert all(len(values) == 3 for values in logged.values())
+
+    source = (
+        ["--image", str(next(Path(cfg.data.dataset).parent.parent.rglob("0.png")))]
+        if task == "i2uv"
+        else ["--prompt", "a man in red"]
+    )
+    status, out, error = run_script(
+        infer_main, *source, f"--output.out_dir={cfg.output.out_dir}", "--out", tmp_path / "o.png"
+    )
+    assert status == 0 and (tmp_path / "o.png").exists(), error
+
+
+@pytest.mark.parametrize("task", ["t2uv", "i2uv", "joint"])
+def test_only_lora_and_aligner_move_and_they_all_do(task, make_config, monkeypatch, tiny_base):
+    caught = {}
+    original = training.save_checkpoint
+
+    def spy(folder, cfg, task, step, unet, aligner):
+        caught.update(unet=unet, aligner=aligner)
+        return original(folder, cfg, task, step, unet, aligner)
+
+    monkeypatch.setattr(training, "save_checkpoint", spy)
+    bases = []
+    monkeypatch.setattr(training, "load_base", lambda *args: bases.append(load_base(*args)) or bases[0])
+    cfg = make_config("training.seed=3")
+    train(cfg, task)
+
+    torch.manual_seed(3)  # the same initial weights again
+    fresh = load_base(str(tiny_base))
+    add_lora(fresh.unet, cfg.model.lora)
+    fresh_aligner = make_aligner(cfg.model.aligner, fresh) if task != "t2uv" else None
+    for name, module in bases[0].modules().items():
+        after = module.state_dict()
+        for key, before in state(fresh.modules()[name]).items():
+            moved = not torch.equal(before, after[key])
+            assert moved == ("lora_" in key), f"{name}.{key}"
+    assert (caught["aligner"] is None) == (task == "t2uv")
+    if fresh_aligner is not None:
+        after = caught["aligner"].state_dict()
+        still = [key for key, before in fresh_aligner.state_dict().items() if torch.equal(before, after[key])]
+        assert still == [], still
+
+
+@pytest.mark.parametrize("task,names", [("t2uv", ["t2uv"]), ("i2uv", ["i2uv"]), ("joint", ["t2uv", "i2uv"])])
+def test_losses_fall(task, names, make_config, tmp_path):
+    cfg = make_config(
+        f"training.{task}.max_steps=60", f"training.{task}.learning_rate=0.01", "output.log_every=15", CONV_TARGETS,
+        f"training.{task}.lr_scheduler=constant",
+    )  # fmt: skip
+    train(cfg, task)
+    logged = scalars(tmp_path / "logs")
+    for name in names:
+        losses = logged[f"loss/{name}"]
+        assert losses[-1] < 0.85 * losses[0], losses
+
+
+def one_batch(cfg, base, task="joint"):
+    dataset = training.open_dataset(cfg, task, base)
+    return next(iter(torch.utils.data.DataLoader(dataset, batch_size=4)))
+
+
+def test_step_arithmetic_is_pinned(make_config, base):
+    """Golden losses of one batch on the untrained stand-in: a change of ranges, noise or conditions shows here."""
+    cfg = make_config()
+    torch.manual_seed(1)
+    aligner = make_aligner(cfg.model.aligner, base)
+    losses = {}
+    for part in batch_losses(one_batch(cfg, base), "joint", cfg, base, aligner, None, step_generator(0, 1, 0)):
+        combined = part.pop("loss/combined")
+        losses.update(part)
+        schedule = cfg.training.joint
+        expected = part.get("loss/t2uv", 0) * schedule.alpha + part.get("loss/i2uv", 0) * schedule.beta
+        assert torch.allclose(combined, expected + part.get("loss/align", 0) * schedule.gamma)
+    golden = {"loss/t2uv": 1.064, "loss/i2uv": 0.984, "loss/align": 1.898}
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(golden, abs=2e-3)
+
+
+def test_micro_batches_add_up_to_the_large_batch(make_config, base, monkeypatch):
+    """With noise fixed by row, two micro-batches of two give the gradient of one batch of four."""
+    cfg = make_config("training.joint.condition_dropout=0", "training.joint.gamma=0")
+    torch.manual_seed(1)
+    parameters = add_lora(base.unet, cfg.model.lora)
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, std=0.1)
+    aligner = make_aligner(cfg.model.aligner, base)
+    parameters += list(aligner.parameters())
+    batch, noise = one_batch(cfg, base), torch.randn(4, 4, 8, 8)
+
+    def gradients(parts):
+        for parameter in parameters:
+            parameter.grad = None
+        for rows in parts:
+            monkeypatch.setattr(torch, "randn", lambda *shape, rows=rows, generator=None: noise[rows])
+            monkeypatch.setattr(
+                torch, "randint", lambda *args, rows=rows, generator=None: torch.tensor([100, 300, 500, 900])[rows]
+            )
+            part = {
+                key: [value[row] for row in rows] if key == "prompt" else value[rows] for key, value in batch.items()
+            }
+            for losses in batch_losses(part, "joint", cfg, base, aligner, None, torch.Generator()):
+                (losses["loss/combined"] / len(parts)).backward()
+        monkeypatch.undo()
+        return torch.cat([parameter.grad.flatten() for parameter in parameters])
+
+    whole, parts = gradients([[0, 1, 2, 3]]), gradients([[0, 1], [2, 3]])
+    assert whole.abs().max() > 0 and torch.allclose(whole, parts, rtol=1e-4, atol=1e-6)
+
+
+def test_two_runs_are_equal_to_the_bit(make_config, tmp_path):
+    checkpoints = [train(make_config(f"output.out_dir={tmp_path / name}"), "joint") for name in ("first", "second")]
+    for name in ("pytorch_lora_weights.safetensors", "aligner.safetensors"):
+        first, second = (load_file(checkpoint / name) for checkpoint in checkpoints)
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_batches_visit_every_row_each_epoch():
+    batches = shuffled_batches(10, 4, seed=1)
+    rows = [row for _ in range(5) for row in next(batches)]
+    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10)) and rows[:10] != rows[10:]
+
+
+def test_random_numbers_depend_on_seed_and_step():
+    draws = {
+        torch.rand(1, generator=step_generator(*numbers)).item()
+        for numbers in [(0, 1, 0), (0, 2, 0), (1, 1, 0), (0, 1, 1)]
+    }
+    assert len(draws) == 4
+    assert step_generator(0, 1, 0).initial_seed() == step_generator(0, 1, 0).initial_seed()
+
+
+def test_dry_run_reports_and_writes_nothing(make_config, tmp_path, run_script):
+    cfg = make_config(
+        "training.joint.effective_batch_size=8", "training.joint.max_steps=null", "training.joint.num_epochs=2"
+    )
+    arguments = [argument for argument in command_line(cfg)] + ["--training.joint.max_steps=null"]
+    status, out, error = run_script(joint_main, *arguments, "--dry-run")
+    assert status == 0, error
+    for word in (
+        "trained",
+        "LoRA",
+        "aligner",
+        "12 rows",
+        "steps     3 of 8 rows",
+        "memory",
+        "disk",
+        "nothing was trained",
+    ):
+        assert word in out, word
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "logs").exists()
+
+
+def test_a_diverging_run_stops_and_keeps_the_last_checkpoint(make_config, tmp_path, monkeypatch):
+    original, calls = training.batch_losses, []
+
+    def diverges(*args):
+        calls.append(1)
+        for losses in original(*args):
+            yield {name: loss * float("nan") if len(calls) > 2 else loss for name, loss in losses.items()}
+
+    monkeypatch.setattr(training, "batch_losses", diverges)
+    cfg = make_config("output.log_every=1", "output.save_every=1")
+    with pytest.raises(UserError, match=r"not finite at step 3.*learning_rate.*step-000002"):
+        train(cfg, "joint")
+    assert load_checkpoint(tmp_path / "checkpoints" / "joint" / "step-000002", torch.device("cpu"), torch.float32)
+    assert not (tmp_path / "checkpoints" / "joint" / "step-000003").exists()
+
+
+def test_options_of_the_step(make_config):
+    checkpoint = train(make_config("model.gradient_checkpointing=true", "model.aligner.kind=pooled", "model.lora.dropout=0.1",
+                                   "training.mixed_precision=bf16", "training.joint.max_steps=1"), "joint")  # fmt: skip
+    assert "cls_token" in load_file(checkpoint / "aligner.safetensors")
+
+
+def test_too_few_rows(make_config):
+    with pytest.raises(UserError, match="batch_size is 16"):
+        train(make_config("training.t2uv.batch_size=16", "training.t2uv.effective_batch_size=16"), "t2uv")
+
+
+def test_lora_parameters_are_named(base, make_config):
+    assert len(lora_parameters(base.unet)) == 0
+    assert len(add_lora(base.unet, make_config().model.lora)) == len(lora_parameters(base.unet)) > 10
