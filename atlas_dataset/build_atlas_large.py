@@ -1,6 +1,6 @@
 """Builds ATLAS-Large: renders of each texture from random cameras.
 
-python -m atlas_dataset.build_atlas_large --textures DIR --prompts FILE --body obj:smpl_uv.obj --views 5 --out atlas_large
+python -m atlas_dataset.build_atlas_large --textures DIR --prompts FILE --body obj:smpl_uv.obj --out atlas_large
 """
 
 import argparse

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import command_line
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -9,7 +10,6 @@ import training
 from base_model import load_base
 from checkpoints import load_checkpoint
 from conditioning import make_aligner
-from conftest import command_line
 from errors import UserError
 from i2uv import main as i2uv_main
 from infer_uv import main as infer_main
