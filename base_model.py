@@ -84,8 +84,8 @@ def load_base(
             return cls.from_pretrained(name, subfolder=folder, **options)
         except Exception as error:  # these libraries raise many kinds for a missing, damaged or private file
             raise UserError(
-                f"cannot load {folder or 'the image encoder'} of {name} ({reason(error)}); set model.pretrained_model and "
-                "model.image_encoder to folders in the diffusers and transformers layouts or hub names you can reach"
+                f"cannot load {folder or 'the image encoder'} of {name} ({reason(error)}); set model.pretrained_model "
+                "and model.image_encoder to folders in the diffusers and transformers layouts or hub names you can reach"
             ) from error
 
     vision = processor = None

@@ -269,7 +269,7 @@ def estimate(batch: dict, cfg: Config, task: str, base: BaseModel, aligner, para
 
 @torch.no_grad()
 def sample_grid(trained: TrainedModel, dataset: ATLASLarge, task: str, precision: torch.dtype | None) -> torch.Tensor:
-    """Textures for the configured prompts and for two rows of the data set, each with four views → (3, H, W) in [0, 1]."""
+    """Textures for the configured prompts and two rows of the data set, each with four views → (3, H, W) in [0, 1]."""
     cfg, base = trained.cfg, trained.base
     rows = [dataset[index] for index in range(0, len(dataset), max(1, len(dataset) // 2))][:2]
     conditions = []

@@ -1,4 +1,4 @@
-"""Data sets: textures to build from (`HuggingFaceATLAS`, `ProceduralTextures`) and renders to train on (`ATLASLarge`)."""
+"""Textures to build from (`HuggingFaceATLAS`, `ProceduralTextures`) and renders to train on (`ATLASLarge`)."""
 
 import json
 from pathlib import Path
@@ -114,8 +114,10 @@ class ATLASLarge(Dataset):
             elif (root / "state.json").exists():
                 self._open_seed_layout(root)
             else:
-                raise UserError(f"no data set in {root}: neither {INFO_FILE} (build_atlas_large.py writes it) nor the "
-                                "seed's state.json; build one with 'python -m atlas_dataset.build_atlas_large'")  # fmt: skip
+                raise UserError(
+                    f"no data set in {root}: neither {INFO_FILE} (build_atlas_large.py writes it) nor the seed's "
+                    "state.json; build one with 'python -m atlas_dataset.build_atlas_large'"
+                )
         except (OSError, ValueError, KeyError) as error:
             if isinstance(error, UserError):
                 raise
@@ -127,7 +129,7 @@ class ATLASLarge(Dataset):
         info = json.loads((root / INFO_FILE).read_text())
         if not info.get("complete"):
             raise UserError(
-                f"data set {root} is not finished; run its build command again, it continues where it stopped"
+                f"data set {root} is not finished; run its build command again, it goes on where it stopped"
             )
 
         def table(name):

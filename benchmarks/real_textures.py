@@ -37,7 +37,7 @@ VIEWS, HEIGHT, WIDTH, SIDE, SEED = 40, 256, 192, 64, 0
 
 
 def nearest(generated: Tensor, real: Tensor, mask: Tensor) -> tuple[list[int], Tensor]:
-    """generated: (B, 3, R, R), real: (K, 3, 64, 64) in [-1, 1] → index of the nearest, and all errors (B, K) on [0, 1]."""
+    """generated: (B, 3, R, R), real: (K, 3, 64, 64) in [-1, 1] → nearest index, all errors (B, K) on [0, 1]."""
     small = F.interpolate(generated, size=(SIDE, SIDE), mode="area")
     error = ((small[:, None] - real[None]) / 2).square().mean(2)[..., mask].mean(-1)
     return error.argmin(1).tolist(), error

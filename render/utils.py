@@ -9,6 +9,7 @@ import functools
 import math
 import warnings
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -134,7 +135,7 @@ def read_obj(path: str) -> Body:
                 corners = [[int(index) for index in field.split("/")[:2]] for field in fields]
                 if any(len(corner) < 2 for corner in corners):
                     raise ValueError("a face has no texture coordinates")
-                for a, b in zip(corners[1:-1], corners[2:]):
+                for a, b in pairwise(corners[1:]):
                     triangle = [corners[0], a, b]
                     faces.append([v - 1 if v > 0 else len(vertices) + v for v, _ in triangle])
                     uv_faces.append([t - 1 if t > 0 else len(uvs) + t for _, t in triangle])

@@ -1,4 +1,4 @@
-"""Small stand-ins with exactly the real layouts: a base in the diffusers folder layout, a mesh, textures, a data set."""
+"""Small stand-ins with exactly the real layouts: a base as diffusers lays it out, a mesh, textures, a data set."""
 
 import json
 import os

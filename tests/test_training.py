@@ -213,8 +213,11 @@ def test_a_diverging_run_stops_and_keeps_the_last_checkpoint(make_config, tmp_pa
 
 
 def test_options_of_the_step(make_config):
-    checkpoint = train(make_config("model.gradient_checkpointing=true", "model.aligner.kind=pooled", "model.lora.dropout=0.1",
-                                   "training.mixed_precision=bf16", "training.joint.max_steps=1"), "joint")  # fmt: skip
+    cfg = make_config(
+        "model.gradient_checkpointing=true", "model.aligner.kind=pooled", "model.lora.dropout=0.1",
+        "training.mixed_precision=bf16", "training.joint.max_steps=1",
+    )  # fmt: skip
+    checkpoint = train(cfg, "joint")
     assert "cls_token" in load_file(checkpoint / "aligner.safetensors")
 
 
