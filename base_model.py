@@ -85,7 +85,7 @@ def load_base(
         except Exception as error:  # these libraries raise many kinds for a missing, damaged or private file
             raise UserError(
                 f"cannot load {folder or 'the image encoder'} of {name} ({reason(error)}); set model.pretrained_model "
-                "and model.image_encoder to folders in the diffusers and transformers layouts or hub names you can reach"
+                "and model.image_encoder to diffusers and transformers folders, or to hub names you can reach"
             ) from error
 
     vision = processor = None

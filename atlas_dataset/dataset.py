@@ -5,6 +5,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from atlas_dataset.procedural import paint_texture, sample_outfit
@@ -12,6 +13,7 @@ from errors import UserError, reason
 from images import encode_image, image_from_pixels, open_image, prepare_image, texture_pixels
 
 INFO_FILE = "atlas_large.json"
+TEXTURES_KEPT = 32
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -124,6 +126,8 @@ class ATLASLarge(Dataset):
             raise UserError(f"cannot read data set {root}: {reason(error)}; build it again") from error
         if not len(self):
             raise UserError(f"data set {root} has no rows")
+        self.prompts = self.textures["prompt"][:]
+        self.decoded: dict[int, Tensor] = {}
 
     def _open_built(self, root: Path, cache_dir: str | None) -> None:
         info = json.loads((root / INFO_FILE).read_text())
@@ -158,15 +162,21 @@ class ATLASLarge(Dataset):
         return len(self.textures if self.renders is None else self.renders)
 
     def __getitem__(self, index: int) -> dict:
-        texture_row = self.textures[index if self.renders is None else self.texture_rows[index]]
-        row = {
-            "texture": texture_pixels(self._open(texture_row["texture"], f"texture of row {index}"), self.resolution),
-            "prompt": texture_row["prompt"],
-        }
+        texture_row = index if self.renders is None else self.texture_rows[index]
+        row = {"texture": self._texture(texture_row), "prompt": self.prompts[texture_row]}
         if self.renders is not None:
             image = self._open(self.renders[index]["image"], f"image of row {index}")
             row["image"] = prepare_image(image, self.image_size)
         return row
+
+    def _texture(self, row: int) -> Tensor:
+        """Texture `row`, kept for the next of its renders: a small set is decoded once in all."""
+        if row not in self.decoded:
+            if len(self.decoded) >= TEXTURES_KEPT:
+                del self.decoded[next(iter(self.decoded))]
+            image = self._open(self.textures[row]["texture"], f"texture {row}")
+            self.decoded[row] = texture_pixels(image, self.resolution)
+        return self.decoded[row]
 
     @staticmethod
     def _open(picture: dict, name: str):
