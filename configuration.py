@@ -200,12 +200,12 @@ def save_config(cfg: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(cfg.model_dump(), sort_keys=False))
 
 
-def dotted_overrides(parser: argparse.ArgumentParser, unknown: list[str]) -> list[str]:
-    """["--a.b=1", "--c.d", "2"] → ["a.b=1", "c.d=2"]; anything else is an error of the command line."""
+def dotted_overrides(unknown: list[str]) -> list[str]:
+    """["--a.b=1", "--c.d", "2"] → ["a.b=1", "c.d=2"]; anything else is a UserError."""
     overrides, arguments = [], iter(unknown)
     for argument in arguments:
         if not argument.startswith("--") or "." not in argument.partition("=")[0]:
-            parser.error(f"unknown argument {argument!r}; config keys are written --section.key=value")
+            raise UserError(f"unknown argument {argument!r}; see --help; config keys are written --section.key=value")
         value = "" if "=" in argument else "=" + next(arguments, "")
         overrides.append(argument[2:] + value)
     return overrides
@@ -220,4 +220,4 @@ def parse_training_args(description: str) -> tuple[Config, bool]:
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="check everything, load one batch, report, stop")
     args, unknown = parser.parse_known_args()
-    return load_config(args.config, dotted_overrides(parser, unknown)), args.dry_run
+    return load_config(args.config, dotted_overrides(unknown)), args.dry_run

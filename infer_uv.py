@@ -42,7 +42,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--out", default="outputs", help="folder, or a .png file for one texture (default: outputs)")
     parser.add_argument("--turntable", action="store_true", help="also write a GIF of the turning body")
     args, unknown = parser.parse_known_args()
-    return args, dotted_overrides(parser, unknown)
+    return args, dotted_overrides(unknown)
 
 
 def check(args: argparse.Namespace) -> None:

@@ -36,6 +36,7 @@ from transformers import (
 )
 
 from atlas_dataset import procedural
+from base_model import load_base
 from diffusion import autocast, encode_latents, resolve_precision, training_target
 from render.utils import fill_outside, load_anny_body, look_at, orbit_cameras, render_views, studio_lights
 
@@ -318,6 +319,33 @@ MODEL_INDEX = {
 }  # fmt: skip
 
 
+MODEL_CARD = """# The embedded base
+
+A Stable Diffusion in small, so that everything runs where there is no model hub and no GPU. {megabytes:.1f} MB in half
+precision: UNet {unet:.1f} M parameters on 32x32x8 latents of 256x256 pictures, autoencoder {vae:.1f} M, text encoder
+{text_encoder:.1f} M, image encoder {image_encoder:.1f} M, a byte-level BPE of the prompts' own words.
+
+Trained from nothing by `python pretrain_base.py` on {renders} captioned renders of procedurally dressed bodies
+(Anny) and, for the autoencoder, on patchworks of fabric; never on a UV texture. It is no use for anything but this
+project's demonstration and tests.
+
+| stage | steps | seconds ({device}, {precision}) | first loss | last loss |
+| --- | --- | --- | --- | --- |
+{stages}
+"""
+
+
+def model_card(out: Path, summary: dict) -> str:
+    base = load_base(str(out))
+    sizes = {name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in base.modules().items()}
+    stages = [
+        f"| {name} | {stage['steps']} | {stage['seconds']} | {stage['first_loss']:.3f} | {stage['last_loss']:.3f} |"
+        for name, stage in summary.items() if isinstance(stage, dict)
+    ]  # fmt: skip
+    megabytes = sum(path.stat().st_size for path in out.rglob("*.safetensors")) / 1e6
+    return MODEL_CARD.format(megabytes=megabytes, stages="\n".join(stages), **sizes, **summary)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("embedded_base"))
@@ -342,7 +370,7 @@ def main():
     summary["vae"] = train_vae(args.out, args.work, pictures, args.vae_steps, 24, **common)
     summary["unet"] = train_unet(args.out, args.work, pictures, captions, args.unet_steps, 16, **common)
     (args.out / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
-    (args.out / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (args.out / "README.md").write_text(model_card(args.out, summary))
     print(json.dumps(summary))
 
 

@@ -63,7 +63,7 @@ def main():
             f"output.out_dir={work / 'checkpoints'}", f"output.log_dir={work / 'logs'}", "output.sample_every=1000000",
             "output.save_every=1000000", f"training.seed={SEED}", f"training.joint.max_steps={args.steps}",
             "training.joint.batch_size=14", "training.joint.effective_batch_size=14",
-            *dotted_overrides(parser, unknown),
+            *dotted_overrides(unknown),
         ])  # fmt: skip
         checkpoint = train(cfg, "joint")
 
