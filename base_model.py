@@ -62,6 +62,19 @@ def resolve_source(name: str) -> str:
     return name
 
 
+def pick_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is one. Raises UserError for a device this machine lacks."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"training.device {name!r} cannot be used ({reason(error)}); set it to auto, cpu or cuda"
+        ) from None
+
+
 def load_base(
     pretrained_model: str,
     image_encoder: str | None = None,
@@ -104,6 +117,9 @@ def load_base(
         image_processor=processor,
         noise_scheduler=load(DDPMScheduler, folder="scheduler"),
     )
+    prediction_type = base.noise_scheduler.config.prediction_type
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise UserError(f"{pretrained_model} predicts {prediction_type!r}; epsilon and v_prediction are supported")
     for module in base.modules().values():
         module.requires_grad_(False).eval().to(device)
     if attention == "xformers":

@@ -10,9 +10,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from base_model import BaseModel, load_base
+from base_model import BaseModel, load_base, pick_device
 from conditioning import make_aligner
 from configuration import Config, load_config, save_config
+from diffusion import frozen_dtype, resolve_precision
 from errors import UserError, reason
 from lora_utils import LORA_FILE, all_finite, load_lora, lora_parameters, save_lora
 
@@ -20,17 +21,19 @@ CONFIG_FILE, ALIGNER_FILE, STATE_FILE = "config.yaml", "aligner.safetensors", "t
 
 
 def save_checkpoint(folder: Path, cfg: Config, task: str, global_step: int, unet, aligner: nn.Module | None) -> None:
-    """Writes LoRA, aligner (unless None), the resolved configuration and the step. Raises ValueError on NaN weights."""
+    """Writes LoRA, aligner (unless None), the resolved configuration and the step. Raises UserError on NaN weights."""
     trained = lora_parameters(unet) + (list(aligner.parameters()) if aligner else [])
     if not all_finite(trained):
-        raise ValueError(f"weights at step {global_step} are not finite; {folder} is not written")
+        raise UserError(f"weights at step {global_step} are not finite: {folder} is not written, earlier checkpoints "
+                        "are whole; lower the learning rate")  # fmt: skip
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_lora(unet, partial)
     if aligner is not None:
         state = {key: value.detach().cpu().contiguous() for key, value in aligner.state_dict().items()}
-        safetensors.torch.save_file(state, partial / ALIGNER_FILE)
+        metadata = {key: str(value) for key, value in cfg.model.aligner.model_dump().items()}
+        safetensors.torch.save_file(state, partial / ALIGNER_FILE, metadata)
     save_config(cfg, partial / CONFIG_FILE)
     (partial / STATE_FILE).write_text(json.dumps({"task": task, "global_step": global_step}) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
@@ -49,8 +52,11 @@ def load_aligner(path: Path, settings, base: BaseModel) -> nn.Module:
     """An aligner from safetensors or from a .pth state dict (tensors only, no code is run), in eval mode."""
     if not path.is_file():
         raise UserError(f"no aligner at {path}; give its .safetensors or .pth file")
+    metadata = {}
     try:
         if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
             state = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -60,7 +66,9 @@ def load_aligner(path: Path, settings, base: BaseModel) -> nn.Module:
         raise UserError(f"{path} is not a state dict of tensors")
     kind = "pooled" if "cls_token" in state else "query"
     layers = 1 + max((int(key.split(".")[2]) for key in state if key.startswith("i2t.layers.")), default=0)
-    aligner = make_aligner(settings.model_copy(update={"kind": kind, "layers": layers}), base)
+    # No state dict tells its number of heads: ours is in the metadata, the seed's pooled aligner has 8.
+    heads = int(metadata.get("heads", 8 if kind == "pooled" else settings.heads))
+    aligner = make_aligner(settings.model_copy(update={"kind": kind, "layers": layers, "heads": heads}), base)
     try:
         aligner.load_state_dict(state)
     except RuntimeError as error:
@@ -77,26 +85,24 @@ class TrainedModel:
     cfg: Config
 
 
-def load_trained(
-    cfg: Config, lora: Path | None, aligner: Path | None, device: torch.device, dtype: torch.dtype
-) -> TrainedModel:
-    """The configured base with the LoRA and aligner at those paths, each optional."""
+def load_trained(cfg: Config, lora: Path, aligner: Path | None) -> TrainedModel:
+    """The configured base with the LoRA and, unless None, the aligner at those paths."""
+    device = pick_device(cfg.training.device)
+    dtype = frozen_dtype(resolve_precision(cfg.training.mixed_precision, device), device)
     base = load_base(cfg.model.pretrained_model, cfg.model.image_encoder, device, dtype, cfg.model.attention)
-    if lora is not None:
-        load_lora(base.unet, lora)
+    load_lora(base.unet, lora)
     loaded = None if aligner is None else load_aligner(Path(aligner), cfg.model.aligner, base)
     return TrainedModel(base, loaded, cfg)
 
 
-def load_checkpoint(
-    folder: str | Path, device: torch.device, dtype: torch.dtype, overrides: list[str] = ()
-) -> TrainedModel:
+def load_checkpoint(folder: str | Path, overrides: list[str] = ()) -> TrainedModel:
     """A checkpoint folder of ours, rebuilt from its own configuration (with dotted overrides applied)."""
     folder = Path(folder)
     missing = [name for name in (CONFIG_FILE, LORA_FILE) if not (folder / name).is_file()]
     if missing:
-        raise UserError(f"{folder} is no checkpoint: {' and '.join(missing)} not found; a checkpoint holds "
-                        f"{CONFIG_FILE}, {LORA_FILE} and, for images, {ALIGNER_FILE}")  # fmt: skip
+        raise UserError(
+            f"{folder} is no checkpoint: {' and '.join(missing)} not found; a checkpoint holds "
+            f"{CONFIG_FILE}, {LORA_FILE} and, for images, {ALIGNER_FILE}"
+        )
     aligner = folder / ALIGNER_FILE
-    cfg = load_config(folder / CONFIG_FILE, overrides)
-    return load_trained(cfg, folder, aligner if aligner.is_file() else None, device, dtype)
+    return load_trained(load_config(folder / CONFIG_FILE, overrides), folder, aligner if aligner.is_file() else None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from base_model import PROJECT_ROOT
 from errors import UserError, reason
@@ -56,11 +56,18 @@ class Aligner(Section):
 class Model(Section):
     pretrained_model: str = "embedded_base"  # folder in the diffusers layout, or hub name
     image_encoder: str | None = None  # CLIP vision folder or hub name; null: image_encoder/ in pretrained_model
-    attention: Literal["sdpa", "xformers"] = "sdpa"
+    attention: Literal["sdpa", "xformers"] = "sdpa"  # xformers is optional and never needed
     gradient_checkpointing: bool = False
     prompt_template: str = "{prompt}"  # what the text encoder is given, in training and inference
     lora: LoRA = LoRA()
     aligner: Aligner = Aligner()
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _has_a_place_for_the_prompt(cls, template):
+        if "{prompt}" not in template or template.replace("{prompt}", "").count("{"):
+            raise ValueError(f"{template!r} must hold {{prompt}} once or more and no other braces")
+        return template
 
 
 class Schedule(Section):
@@ -90,7 +97,7 @@ class Schedule(Section):
 
 
 class Training(Section):
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "auto"  # auto: CUDA where there is one
     mixed_precision: Precision = "auto"  # auto: bf16 where the hardware has it
     joint: Schedule = Schedule()
@@ -110,7 +117,7 @@ class Training(Section):
 class Data(Section):
     dataset: str = "procedural:240"  # folder built by build_atlas_large or in the seed's layout, or procedural:COUNT
     views: Positive = 4  # renders a texture; for procedural:COUNT
-    body: str = "anny"  # whose UV layout the textures have: anny or obj:PATH
+    body: str | None = None  # whose UV layout the textures have: anny or obj:PATH; null: what the data set says
     cache_dir: str = "data_cache"
     resolution: Positive | None = None  # side of the textures; null: what the base was trained on
     num_workers: Annotated[int, Field(ge=0)] = 0
@@ -197,7 +204,12 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
 
 
 def save_config(cfg: Config, path: Path) -> None:
-    path.write_text(yaml.safe_dump(cfg.model_dump(), sort_keys=False))
+    path.write_text(dump_config(cfg))
+
+
+def dump_config(cfg: Config) -> str:
+    """The whole configuration as YAML that `load_config` reads back."""
+    return yaml.safe_dump(cfg.model_dump(), sort_keys=False)
 
 
 def dotted_overrides(unknown: list[str]) -> list[str]:

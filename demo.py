@@ -27,7 +27,9 @@ ROW, TEXT = 256, 230  # pixels
 
 def run(*command: str) -> None:
     print("$ python " + " ".join(f'"{word}"' if " " in word else word for word in command), flush=True)
-    subprocess.run([sys.executable, *command], check=True)
+    status = subprocess.run([sys.executable, *command]).returncode
+    if status:
+        sys.exit(status)
 
 
 def held_out_person() -> Path:

@@ -1,7 +1,6 @@
 """What a user can mend: one line on stderr and exit status 2."""
 
 import contextlib
-import os
 import sys
 
 
@@ -24,13 +23,3 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def check_writable(path: str | os.PathLike) -> None:
-    """Raises UserError unless folder `path` exists, or can be made, and can be written to; makes it."""
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make folder {path}: {reason(error)}; choose another place") from None
-    if not os.access(path, os.W_OK):
-        raise UserError(f"cannot write to folder {path}; choose another place or change its permissions")

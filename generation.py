@@ -12,6 +12,8 @@ from errors import UserError
 from images import image_from_pixels, prepare_image
 from render.utils import Body, fill_outside, uv_mask
 
+ROWS_AT_ONCE = 8  # bounds the memory of a large --num
+
 
 @torch.no_grad()
 def condition(trained: TrainedModel, prompt: str | None, image: Image.Image | None, img_weight: float) -> Tensor:
@@ -44,12 +46,16 @@ def generate(
 ) -> Tensor:  # fmt: skip
     """encoder_hidden_states: (B, L, D), a seed a row → textures (B, 3, R, R) in [-1, 1]."""
     base = trained.base
-    negative = encode_prompts(base, [negative_prompt]).expand(len(seeds), -1, -1)
-    latents = sample_latents(
-        base.unet, base.noise_scheduler, encoder_hidden_states, negative, unit_noise(trained, seeds),
-        num_inference_steps, guidance_scale, **options,
-    )  # fmt: skip
-    return decode_latents(base.vae, latents)
+    negative = encode_prompts(base, [negative_prompt])
+    pictures = []
+    for start in range(0, len(seeds), ROWS_AT_ONCE):
+        context, noise = encoder_hidden_states[start : start + ROWS_AT_ONCE], seeds[start : start + ROWS_AT_ONCE]
+        latents = sample_latents(
+            base.unet, base.noise_scheduler, context, negative.expand_as(context), unit_noise(trained, noise),
+            num_inference_steps, guidance_scale, **options,
+        )  # fmt: skip
+        pictures.append(decode_latents(base.vae, latents))
+    return torch.cat(pictures)
 
 
 def finish_texture(pixel_values: Tensor, body: Body, size: int = 1024) -> Image.Image:

@@ -10,19 +10,18 @@ import json
 import re
 from pathlib import Path
 
-import torch
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from checkpoints import TrainedModel, load_checkpoint, load_trained, newest_checkpoint
 from configuration import DEFAULT_CONFIG, dotted_overrides, load_config
 from diffusion import autocast, resolve_precision
-from errors import UserError, check_writable, exit_on_user_error
-from generation import condition, finish_texture, generate
+from errors import UserError, exit_on_user_error
+from files import check_writable, write_whole
+from generation import ROWS_AT_ONCE, condition, finish_texture, generate
 from images import encode_image, open_image, texture_pixels
-from render.turntable import save_gif, turntable_frames, write_whole
+from render.turntable import save_gif, turntable_frames
 from render.utils import load_body
-from training import pick_device
 
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
@@ -62,6 +61,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--num and --steps must be 1 or more")
     if args.guidance_scale is not None and args.guidance_scale < 1:
         raise UserError(f"--guidance-scale {args.guidance_scale} is below 1 (1 is no guidance)")
+    if not 0 <= args.seed < 2**62:
+        raise UserError(f"--seed {args.seed} is outside 0 to 2**62")
     if args.out.endswith(".png") and args.num > 1:
         raise UserError("--out names one file but --num asks for more; give a folder")
     if not args.out.endswith(".png") and Path(args.out).is_file():
@@ -71,14 +72,10 @@ def check(args: argparse.Namespace) -> None:
 def load_model(args: argparse.Namespace, overrides: list[str]) -> tuple[TrainedModel, str]:
     """The model to run and where it came from."""
     cfg = load_config(args.config or DEFAULT_CONFIG, overrides)
-    device = pick_device(cfg.training.device)
-    precision = resolve_precision(cfg.training.mixed_precision, device)
-    dtype = precision if precision and device.type == "cuda" else torch.float32
     if args.lora:
-        aligner = Path(args.aligner) if args.aligner else None
-        return load_trained(cfg, Path(args.lora), aligner, device, dtype), args.lora
+        return load_trained(cfg, Path(args.lora), Path(args.aligner) if args.aligner else None), args.lora
     checkpoint = Path(args.checkpoint) if args.checkpoint else newest_checkpoint(cfg.output.out_dir)
-    return load_checkpoint(checkpoint, device, dtype, overrides), str(checkpoint)
+    return load_checkpoint(checkpoint, overrides), str(checkpoint)
 
 
 def output_paths(args: argparse.Namespace) -> list[Path]:
@@ -107,9 +104,15 @@ def main():
         negative_prompt = defaults.negative_prompt if args.negative_prompt is None else args.negative_prompt
         img_weight = 0.5 if args.img_weight is None else args.img_weight
         device, seeds = trained.base.device, [args.seed + index for index in range(args.num)]
-        body = load_body(trained.cfg.data.body)
+        if steps > trained.base.noise_scheduler.config.num_train_timesteps:
+            raise UserError(f"--steps {steps} is more than the base's noise schedule has")
+        body_spec = trained.cfg.data.body or "anny"
+        body = load_body(body_spec)
         precision = resolve_precision(trained.cfg.training.mixed_precision, device)
-        with autocast(device, precision), tqdm(total=steps, desc="denoising", unit="step") as progress:
+        with (
+            autocast(device, precision),
+            tqdm(total=steps * -(-args.num // ROWS_AT_ONCE), desc="denoising", unit="step") as progress,
+        ):
             encoder_hidden_states = condition(trained, args.prompt, image, img_weight)
             textures = generate(
                 trained, encoder_hidden_states.expand(args.num, -1, -1), negative_prompt, seeds, steps,
@@ -118,7 +121,7 @@ def main():
 
         settings = {
             "prompt": args.prompt, "image": args.image, "negative_prompt": negative_prompt, "steps": steps,
-            "guidance_scale": guidance_scale, "checkpoint": origin, "body": trained.cfg.data.body,
+            "guidance_scale": guidance_scale, "checkpoint": origin, "body": body_spec,
             "base": trained.cfg.model.pretrained_model,
             "img_weight": img_weight if args.prompt and args.image else None,
         }  # fmt: skip

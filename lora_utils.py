@@ -8,7 +8,6 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
 
 from errors import UserError, reason
 
@@ -20,15 +19,14 @@ def add_lora(unet, settings) -> list[torch.nn.Parameter]:
 
     float32 because in bf16 most updates at lr 1e-4 are smaller than half a step and vanish.
     """
-    unet.add_adapter(
-        LoraConfig(
-            r=settings.r,
-            lora_alpha=int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
-            lora_dropout=settings.dropout,
-            init_lora_weights="gaussian",
-            target_modules=settings.target_modules,
-        )
-    )
+    config = LoraConfig(
+        r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout, init_lora_weights="gaussian",
+        target_modules=settings.target_modules,
+    )  # fmt: skip
+    try:
+        unet.add_adapter(config)
+    except ValueError as error:
+        raise UserError(f"model.lora.target_modules {settings.target_modules}: {reason(error)}") from None
     cast_training_params(unet, dtype=torch.float32)
     return lora_parameters(unet)
 
@@ -66,14 +64,14 @@ def load_lora(unet, path: str | Path) -> None:
         if is_peft:
             _load_peft_adapter(unet, folder)
         else:
-            state, metadata = StableDiffusionPipeline.lora_state_dict(
+            state, network_alphas, metadata = StableDiffusionPipeline.lora_state_dict(
                 str(file.parent), weight_name=file.name, return_lora_metadata=True, local_files_only=True
-            )[::2]
-            StableDiffusionPipeline.load_lora_into_unet(state, network_alphas=None, unet=unet, metadata=metadata)
+            )
+            StableDiffusionPipeline.load_lora_into_unet(state, network_alphas, unet, metadata=metadata)
             expected = sum(key.startswith("unet.") for key in state)
             if expected != len(lora_parameters(unet)):
                 raise ValueError(f"{len(lora_parameters(unet))} of its {expected} weights fit this UNet")
-    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+    except Exception as error:  # diffusers, peft, pickle and safetensors each have their own errors
         raise UserError(f"cannot load the LoRA at {path}: {reason(error)}; was it made for another base?") from error
     parameters = lora_parameters(unet)
     if not parameters:

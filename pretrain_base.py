@@ -108,7 +108,7 @@ def train_stage(
     parts = {**modules, "optimizer": optimizer, "lr_scheduler": lr_scheduler, **({"ema": ema} if ema else {})}
     saved, start, losses, seconds = work / f"{name}.pt", 0, [], 0.0
     if saved.exists():
-        state = torch.load(saved, weights_only=True)
+        state = torch.load(saved, map_location=parameters[0].device, weights_only=True)
         start, losses, seconds = state["step"], state["losses"], state["seconds"]
         for key, part in parts.items():
             part.load_state_dict(state[key])

@@ -20,16 +20,17 @@ from tqdm import tqdm
 
 from atlas_dataset.building import build_dataset
 from atlas_dataset.dataset import ATLASLarge, ProceduralTextures
-from base_model import BaseModel, load_base
+from base_model import BaseModel, load_base, pick_device
 from checkpoints import TrainedModel, save_checkpoint
 from conditioning import drop_conditions, encode_images, encode_prompts, make_aligner
-from configuration import Config, Schedule
-from diffusion import autocast, encode_latents, resolve_precision, training_target
-from errors import UserError, check_writable, reason
+from configuration import Config, Schedule, dump_config
+from diffusion import autocast, encode_latents, frozen_dtype, resolve_precision, training_target
+from errors import UserError
+from files import check_writable
 from generation import condition, generate
 from images import image_from_pixels
 from lora_utils import add_lora
-from render.utils import load_body, orbit_cameras, render_views
+from render.utils import Body, load_body, orbit_cameras, render_views
 
 CONDITIONS = {"t2uv": ("text",), "i2uv": ("image",), "joint": ("text", "image")}
 LOSS_NAME = {"text": "loss/t2uv", "image": "loss/i2uv"}
@@ -43,7 +44,7 @@ def train(cfg: Config, task: str, dry_run: bool = False) -> Path | None:
     schedule = getattr(cfg.training, task)
     device = pick_device(cfg.training.device)
     precision = resolve_precision(cfg.training.mixed_precision, device)
-    weight_dtype = precision if precision and device.type == "cuda" else torch.float32
+    weight_dtype = frozen_dtype(precision, device)
 
     # What is trained: LoRA and aligner in float32, on a frozen base.
     torch.manual_seed(cfg.training.seed)
@@ -59,6 +60,10 @@ def train(cfg: Config, task: str, dry_run: bool = False) -> Path | None:
 
     # What it is trained on.
     dataset = open_dataset(cfg, task, base)
+    cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"body": cfg.data.body or dataset.body})})
+    if cfg.data.body is None:
+        raise UserError(f"data set {cfg.data.dataset} does not say which body it is for; set data.body")
+    body = load_body(cfg.data.body)
     accumulation = schedule.effective_batch_size // schedule.batch_size
     if len(dataset) < schedule.batch_size:
         raise UserError(f"training.{task}.batch_size is {schedule.batch_size} but the data set has {len(dataset)} rows")
@@ -73,14 +78,16 @@ def train(cfg: Config, task: str, dry_run: bool = False) -> Path | None:
     )
 
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
+    kind = "constant_with_warmup" if schedule.lr_scheduler == "constant" else schedule.lr_scheduler
     lr_scheduler = get_scheduler(
-        schedule.lr_scheduler, optimizer, num_warmup_steps=schedule.lr_warmup_steps, num_training_steps=total_steps
+        kind, optimizer, num_warmup_steps=schedule.lr_warmup_steps, num_training_steps=total_steps
     )
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     run_dir = Path(cfg.output.out_dir) / task
+    print(dump_config(cfg))
     print(report(cfg, task, base, aligner, parameters, len(dataset), total_steps, device, precision))
     if dry_run:
-        print(estimate(next(batches), cfg, task, base, aligner, parameters, precision))
+        print(estimate(next_batch(batches), cfg, task, base, aligner, parameters, total_steps, precision))
         return None
     check_writable(run_dir)
     check_writable(cfg.output.log_dir)
@@ -92,7 +99,7 @@ def train(cfg: Config, task: str, dry_run: bool = False) -> Path | None:
     progress = tqdm(range(1, total_steps + 1), desc=task, unit="step")
     for global_step in progress:
         for micro_step in range(accumulation):
-            batch = next(batches)
+            batch = next_batch(batches)
             generator = step_generator(cfg.training.seed, global_step, micro_step)
             for losses in batch_losses(batch, task, cfg, base, aligner, precision, generator):
                 # Backward before the next condition's forward: one UNet graph is alive at a time.
@@ -101,9 +108,12 @@ def train(cfg: Config, task: str, dry_run: bool = False) -> Path | None:
                     running[name] += loss.item() / accumulation
                 samples += len(batch["texture"])
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(parameters, schedule.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, schedule.max_grad_norm)
+        if not scaler.is_enabled() and not norm.isfinite():  # with fp16 the scaler skips such a step and goes on
+            raise diverged(task, global_step, checkpoint)
         scaler.step(optimizer)
         scaler.update()
+        learning_rate = lr_scheduler.get_last_lr()[0]
         lr_scheduler.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -111,11 +121,10 @@ def train(cfg: Config, task: str, dry_run: bool = False) -> Path | None:
             steps = (global_step - 1) % cfg.output.log_every + 1
             averages = {name: value / steps for name, value in running.items()}
             if not all(math.isfinite(value) for value in averages.values()):
-                raise UserError(f"the loss is not finite at step {global_step}; lower training.{task}.learning_rate. "
-                                f"The last checkpoint is {checkpoint or 'not yet written'}")  # fmt: skip
+                raise diverged(task, global_step, checkpoint)
             for name, value in averages.items():
                 writer.add_scalar(name, value, global_step)
-            writer.add_scalar("learning_rate", lr_scheduler.get_last_lr()[0], global_step)
+            writer.add_scalar("learning_rate", learning_rate, global_step)
             writer.add_scalar("samples_per_second", samples / (time.perf_counter() - clock), global_step)
             progress.set_postfix({name.removeprefix("loss/"): f"{value:.3f}" for name, value in averages.items()})
             running, samples, clock = defaultdict(float), 0, time.perf_counter()
@@ -123,9 +132,10 @@ def train(cfg: Config, task: str, dry_run: bool = False) -> Path | None:
             checkpoint = run_dir / f"step-{global_step:06d}"
             save_checkpoint(checkpoint, cfg, task, global_step, base.unet, aligner)
         if global_step % cfg.output.sample_every == 0 or global_step == total_steps:
-            grid = sample_grid(TrainedModel(base, aligner, cfg), dataset, task, precision)
+            paused = time.perf_counter()
+            grid = sample_grid(TrainedModel(base, aligner, cfg), dataset, body, task, precision)
             writer.add_image("samples", grid, global_step)
-            clock = time.perf_counter()
+            clock += time.perf_counter() - paused
     writer.close()
     print(f"checkpoint: {checkpoint}")
     return checkpoint
@@ -173,17 +183,19 @@ def batch_losses(
         yield {LOSS_NAME[kind]: loss, **losses, "loss/combined": combined}
 
 
-def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one. Raises UserError for a device this machine lacks."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def diverged(task: str, global_step: int, checkpoint: Path | None) -> UserError:
+    return UserError(
+        f"the loss or its gradient is not finite at step {global_step}; lower training.{task}.learning_rate. "
+        f"The last checkpoint is {checkpoint or 'not yet written'}"
+    )
+
+
+def next_batch(batches: Iterator[dict]) -> dict:
+    """The next batch; a worker's UserError loses the traceback that the DataLoader puts into its message."""
     try:
-        torch.empty(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"training.device {name!r} cannot be used ({reason(error)}); set it to auto, cpu or cuda"
-        ) from None
+        return next(batches)
+    except UserError as error:
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("errors.UserError: ")) from None
 
 
 def step_generator(seed: int, global_step: int, micro_step: int) -> torch.Generator:
@@ -214,7 +226,7 @@ def open_dataset(cfg: Config, task: str, base: BaseModel) -> ATLASLarge:
     if kind == "procedural":
         if not count.isdigit() or int(count) == 0:
             raise UserError(f"data.dataset {cfg.data.dataset!r}: write procedural:COUNT, the number of textures")
-        if cfg.data.body != "anny":
+        if cfg.data.body not in (None, "anny"):
             raise UserError(f"data.body is {cfg.data.body!r}, but procedural textures are painted on anny")
         root = cache_dir / f"procedural-{count}-{cfg.data.views}-{resolution}-{cfg.training.seed}"
         source = ProceduralTextures(int(count), resolution, cfg.training.seed)
@@ -239,38 +251,52 @@ def report(cfg, task, base, aligner, parameters, rows, total_steps, device, prec
     ])  # fmt: skip
 
 
-def estimate(batch: dict, cfg: Config, task: str, base: BaseModel, aligner, parameters, precision) -> str:
-    """Memory and disk of a run, counted on one row: weights, optimiser, and what its backward keeps."""
-    kept = {}
+def estimate(batch: dict, cfg: Config, task: str, base: BaseModel, aligner, parameters, total_steps, precision) -> str:
+    """Memory and disk of a run, counted: weights, optimiser, and what the backward of one and of two rows keeps."""
 
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+    def kept_by(rows: int) -> int:
+        kept: dict[int, int] = {}
 
-    row = {key: value[:1] for key, value in batch.items()}
-    largest = 0
-    weights = {p.untyped_storage().data_ptr() for module in base.modules().values() for p in module.parameters()}
-    generator = step_generator(cfg.training.seed, 1, 0)
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        for losses in batch_losses(row, task, cfg, base, aligner, precision, generator):
-            losses["loss/combined"].backward()
-            largest = max(largest, sum(size for pointer, size in kept.items() if pointer not in weights))
-            kept.clear()
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        part, largest = {key: value[:rows] for key, value in batch.items()}, 0
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            generator = step_generator(cfg.training.seed, 1, 0)
+            for losses in batch_losses(part, task, cfg, base, aligner, precision, generator):
+                losses["loss/combined"].backward()
+                largest = max(largest, sum(kept.values()))
+                kept.clear()
+        return largest
+
     schedule: Schedule = getattr(cfg.training, task)
+    one = kept_by(1)
+    a_row = kept_by(2) - one if schedule.batch_size > 1 else 0  # what weights keep does not grow with the rows
     frozen = sum(p.numel() * p.element_size() for module in base.modules().values() for p in module.parameters())
     trained = sum(p.numel() * p.element_size() for p in parameters)
-    memory = {"frozen weights": frozen, "trained weights, gradients and AdamW": 4 * trained,
-              f"activations of {schedule.batch_size} rows": largest * schedule.batch_size}  # fmt: skip
-    lines = [f"memory    {sum(memory.values()) / 1e9:.2f} GB: "
-             + ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in memory.items())]  # fmt: skip
-    lines += [f"disk      {trained / 1e6:.1f} MB a checkpoint", "dry run: one batch went through; nothing was trained"]
-    return "\n".join(lines)
+    memory = {
+        "frozen weights": frozen,
+        "trained weights, gradients and AdamW": 4 * trained,
+        f"activations of {schedule.batch_size} rows": one + a_row * (schedule.batch_size - 1),
+    }
+    checkpoints = math.ceil(total_steps / cfg.output.save_every)
+    parts = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in memory.items())
+    return "\n".join([
+        f"memory    {sum(memory.values()) / 1e9:.2f} GB: {parts}",
+        f"disk      {checkpoints * trained / 1e6:.1f} MB: {checkpoints} checkpoints of {trained / 1e6:.1f} MB",
+        "dry run: one batch went through; nothing was trained",
+    ])  # fmt: skip
 
 
 @torch.no_grad()
-def sample_grid(trained: TrainedModel, dataset: ATLASLarge, task: str, precision: torch.dtype | None) -> torch.Tensor:
+def sample_grid(
+    trained: TrainedModel, dataset: ATLASLarge, body: Body, task: str, precision: torch.dtype | None
+) -> torch.Tensor:
     """Textures for the configured prompts and two rows of the data set, each with four views → (3, H, W) in [0, 1]."""
     cfg, base = trained.cfg, trained.base
+    was_training = base.unet.training
+    base.unet.eval()
     rows = [dataset[index] for index in range(0, len(dataset), max(1, len(dataset) // 2))][:2]
     conditions = []
     with autocast(base.device, precision):
@@ -283,7 +309,8 @@ def sample_grid(trained: TrainedModel, dataset: ATLASLarge, task: str, precision
             trained, torch.cat(conditions), cfg.inference.negative_prompt, list(range(len(conditions))),
             cfg.inference.num_inference_steps, cfg.inference.guidance_scale,
         ).cpu()  # fmt: skip
-    body, size = load_body(cfg.data.body), 256
+    base.unet.train(was_training)
+    size = 256
     cameras = orbit_cameras(
         body, torch.tensor([0.0, 90.0, 180.0, 270.0]), torch.full((4,), 8.0), torch.full((4,), 30.0)
     )

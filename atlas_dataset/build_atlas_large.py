@@ -32,8 +32,8 @@ def main():
     datasets.disable_progress_bars()
 
     with exit_on_user_error():
-        if min(args.views, args.height, args.width) < 1:
-            raise UserError("--views, --height and --width must be 1 or more")
+        if min(args.views, args.height, args.width) < 1 or args.seed < 0:
+            raise UserError("--views, --height and --width must be 1 or more, --seed 0 or more")
         kind, _, count = args.textures.partition(":")
         if kind == "procedural":
             if not count.isdigit():

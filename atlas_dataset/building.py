@@ -5,8 +5,8 @@ Layout: `textures/*.parquet` (texture_id, texture, prompt), each texture once wi
 to a temporary name and renamed; running the same command again continues after the last whole shard.
 """
 
+import io
 import json
-import os
 from pathlib import Path
 
 import datasets
@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from atlas_dataset.dataset import INFO_FILE
-from errors import UserError, check_writable
+from errors import UserError, reason
+from files import check_writable, write_whole
 from images import encode_image, image_from_pixels, open_image, texture_pixels
 from render.utils import Body, Cameras, Lights, load_body, orbit_cameras, render_views
 
@@ -93,19 +94,11 @@ def build_dataset(
     check_writable(out)
     info_file = out / INFO_FILE
     if info_file.exists():
-        earlier = json.loads(info_file.read_text())
-        changed = [key for key in info if earlier.get(key) != info[key]]
-        if changed:
-            raise UserError(f"{out} was built with {changed[0]} {earlier.get(changed[0])}, not {info[changed[0]]}; "
-                            "choose another --out or delete it")  # fmt: skip
-        if earlier["complete"]:
+        _refuse_other_settings(info_file, info)
+        if json.loads(info_file.read_text())["complete"]:
             return out
-    _write(info_file, json.dumps({**info, "complete": False}))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     body = body.to(device)
-    for name in ("textures", "renders"):
-        (out / name).mkdir(exist_ok=True)
-
     with tqdm(total=len(source) * views, desc="renders", unit="row") as progress:
         for shard, start in enumerate(range(0, len(source), TEXTURES_PER_SHARD)):
             texture_ids = range(start, min(start + TEXTURES_PER_SHARD, len(source)))
@@ -128,22 +121,35 @@ def build_dataset(
                     stored = {"image": {"bytes": jpeg, "path": None}, **{key: sampled[view][key] for key in VIEW_KEYS}}
                     renders.append({"texture_id": texture_id, "view": view, **stored})
                 progress.update(views)
+            _write_info(info_file, {**info, "complete": False})  # not before a first shard is sure
             _write_parquet(textures, "texture", textures_file)
             _write_parquet(renders, "image", renders_file)
-    _write(out / "README.md", DATA_CARD.format(**info))
-    _write(info_file, json.dumps({**info, "complete": True}))
+    write_whole(out / "README.md", DATA_CARD.format(**info).encode())
+    _write_info(info_file, {**info, "complete": True})
     return out
 
 
 def _write_parquet(rows: list[dict], picture_column: str, file: Path) -> None:
     features = datasets.Dataset.from_list(rows[:1]).features
     features[picture_column] = datasets.Image()
-    table = datasets.Dataset.from_list(rows, features=features)
-    table.to_parquet(file.with_suffix(".partial"))
-    os.replace(file.with_suffix(".partial"), file)
+    buffer = io.BytesIO()
+    datasets.Dataset.from_list(rows, features=features).to_parquet(buffer)
+    write_whole(file, buffer.getvalue())
 
 
-def _write(file: Path, text: str) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(text + "\n")
-    os.replace(partial, file)
+def _write_info(file: Path, info: dict) -> None:
+    write_whole(file, (json.dumps(info) + "\n").encode())
+
+
+def _refuse_other_settings(file: Path, info: dict) -> None:
+    """Raises UserError when the data set that `file` describes was built with other settings than info."""
+    try:
+        earlier = json.loads(file.read_text())
+        changed = [key for key in info if earlier[key] != info[key]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {file} ({reason(error)}); choose another --out or delete that folder") from None
+    if changed:
+        key = changed[0]
+        raise UserError(
+            f"{file.parent} was built with {key} {earlier[key]}, not {info[key]}; choose another --out or delete it"
+        )

@@ -40,7 +40,9 @@ class HuggingFaceATLAS(Dataset):
     def __init__(self, source: str, prompts: str | Path | None, cache_dir: str | None = None):
         folder = Path(source)
         pictures = (
-            sorted(p for p in folder.glob("*") if p.suffix.lower() in PICTURE_SUFFIXES) if folder.is_dir() else []
+            sorted(p for p in folder.glob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
+            if folder.is_dir()
+            else []
         )
         self.rows = pictures or self._open_atlas(source, cache_dir)
         if prompts is None:
@@ -99,6 +101,8 @@ class ATLASLarge(Dataset):
     root: a folder written by build_atlas_large.py, or the seed's layout (`load_from_disk` with columns `image`,
     `texture`, `prompt`). task: "t2uv" has a row for each texture; "i2uv" and "joint" for each render.
 
+    body is the spec of the mesh whose UV layout the textures have; None where the layout does not say.
+
     A row: texture (3, resolution, resolution) in [-1, 1], filled outside the UV islands; prompt; and but for
     t2uv image (3, image_size, image_size) in [-1, 1], padded to a square.
     """
@@ -131,6 +135,7 @@ class ATLASLarge(Dataset):
 
     def _open_built(self, root: Path, cache_dir: str | None) -> None:
         info = json.loads((root / INFO_FILE).read_text())
+        self.body = info["body"]
         if not info.get("complete"):
             raise UserError(
                 f"data set {root} is not finished; run its build command again, it goes on where it stopped"
@@ -157,6 +162,7 @@ class ATLASLarge(Dataset):
         self.textures = rows.remove_columns("image") if "image" in rows.column_names else rows
         self.renders = rows.remove_columns("texture") if self.task != "t2uv" else None
         self.texture_rows = range(len(rows))
+        self.body = None
 
     def __len__(self) -> int:
         return len(self.textures if self.renders is None else self.renders)

@@ -31,7 +31,7 @@ from errors import exit_on_user_error
 from generation import condition, generate
 from images import image_from_pixels, open_image, texture_pixels
 from render.utils import load_body, uv_mask
-from training import pick_device, train
+from training import train
 
 VIEWS, HEIGHT, WIDTH, SIDE, SEED = 40, 256, 192, 64, 0
 
@@ -65,10 +65,8 @@ def main():
             "training.joint.batch_size=14", "training.joint.effective_batch_size=14",
             *dotted_overrides(unknown),
         ])  # fmt: skip
-        checkpoint = train(cfg, "joint")
-
-        device = pick_device(cfg.training.device)
-        trained = load_checkpoint(checkpoint, device, torch.float32)
+        trained = load_checkpoint(train(cfg, "joint"))
+        device = trained.base.device
         body = load_body(body_spec)
         textures = [open_image(encoded) for encoded, _ in (source[row] for row in range(len(source)))]
         real = torch.stack([texture_pixels(texture, SIDE) for texture in textures])

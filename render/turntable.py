@@ -1,14 +1,13 @@
 """A body seen from all round, frame by frame, and its GIF."""
 
 import io
-import os
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from errors import UserError, reason
+from files import write_whole
 from render.utils import Body, orbit_cameras, render_views
 
 
@@ -41,15 +40,3 @@ def save_gif(frames: list[Tensor], path: str | Path, seconds: float = 3.6) -> No
     duration = round(1000 * seconds / len(pictures))
     pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
     write_whole(path, buffer.getvalue())
-
-
-def write_whole(path: str | Path, data: bytes) -> None:
-    """Writes a file under a temporary name and renames it. Raises UserError when that fails."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {reason(error)}; choose another place") from None

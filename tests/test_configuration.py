@@ -42,6 +42,9 @@ def test_t2uv_and_i2uv_take_the_values_of_joint():
         ("model.attention=flash", "'sdpa' or 'xformers'"),
         ("model.lora=3", "model.lora"),
         ("seed", "write overrides as"),
+        ("training.seed=-1", "training.seed"),
+        ("model.prompt_template=a person", "must hold {prompt}"),
+        ("model.prompt_template={style} {prompt}", "no other braces"),
     ],
 )
 def test_mistakes_name_the_key(override, message):
@@ -77,6 +80,7 @@ def test_known_keys_have_the_seeds_spelling():
         (["--data.dataset=procedural:many"], "procedural:COUNT"),
         (["--data.body=obj:box.obj"], "anny"),
         (["--data.resolution=129"], "multiple"),
+        (["--model.lora.target_modules=[nonsense]"], "model.lora.target_modules"),
         (["--steps"], "unknown argument"),
     ],
 )

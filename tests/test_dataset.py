@@ -172,7 +172,7 @@ def test_build_command_refuses(case, message, tmp_path, mesh, textures, run_scri
     status, _, error = run_script(build_main, *(word for pair in values.items() for word in pair))
     assert status == 2 and message in error
     assert error.splitlines()[-1].startswith("error: ")
-    assert not list(tmp_path.glob("out/*/*")), "nothing half-written"
+    assert not list(tmp_path.glob("out/**/*")), "nothing half-written"
 
 
 def test_unreadable_data_sets(tmp_path):

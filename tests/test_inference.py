@@ -8,7 +8,7 @@ from PIL import Image
 from checkpoints import save_checkpoint
 from conditioning import make_aligner
 from infer_uv import main as infer_main
-from lora_utils import add_lora, lora_parameters
+from lora_utils import add_lora, lora_parameters, save_lora
 from render.utils import load_body, uv_mask
 
 
@@ -107,6 +107,7 @@ def test_newest_checkpoint_or_lora_and_aligner(checkpoint, tmp_path, run_script,
         (["--prompt", "a", "--num", "2", "--out", "x.png"], "one file"),
         (["--prompt", "a", "--inference.step=3"], "unknown key"),
         (["--prompt", "a", "--lora", "nowhere"], "no LoRA at nowhere"),
+        (["--prompt", "a", "--seed", "-1"], "--seed -1"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, run_script, tiny_base):
@@ -125,5 +126,16 @@ def test_an_unwritable_place(checkpoint, tmp_path, run_script):
         assert status == 2 and str(tmp_path / "file") in error
 
 
-def test_lora_is_used(checkpoint, base):
-    assert lora_parameters(base.unet)
+def test_lora_is_used_and_bf16_runs(checkpoint, tmp_path, run_script, base):
+    """The same prompt with the LoRA's weights set to nothing gives another texture; autocast gives nearly the same."""
+    arguments = ["--prompt", "a man", "--checkpoint", checkpoint]
+    assert run_script(infer_main, *arguments, "--out", tmp_path / "with.png")[0] == 0
+    assert run_script(infer_main, *arguments, "--training.mixed_precision=bf16", "--out", tmp_path / "bf16.png")[0] == 0
+    with torch.no_grad():
+        for parameter in lora_parameters(base.unet):
+            parameter.zero_()
+    save_lora(base.unet, checkpoint)
+    assert run_script(infer_main, *arguments, "--out", tmp_path / "without.png")[0] == 0
+    made = {name: pixels(tmp_path / f"{name}.png").astype(int) for name in ("with", "bf16", "without")}
+    changed, rounded = (np.abs(made["with"] - made[name]).mean() for name in ("without", "bf16"))
+    assert changed > 0.5 and rounded < changed / 2

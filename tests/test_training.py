@@ -108,7 +108,7 @@ def one_batch(cfg, base, task="joint"):
 
 def test_step_arithmetic_is_pinned(make_config, base):
     """Golden losses of one batch on the untrained stand-in: a change of ranges, noise or conditions shows here."""
-    cfg = make_config()
+    cfg = make_config("training.joint.alpha=0.5", "training.joint.beta=2")
     torch.manual_seed(1)
     aligner = make_aligner(cfg.model.aligner, base)
     losses = {}
@@ -151,6 +151,64 @@ def test_micro_batches_add_up_to_the_large_batch(make_config, base, monkeypatch)
 
     whole, parts = gradients([[0, 1, 2, 3]]), gradients([[0, 1], [2, 3]])
     assert whole.abs().max() > 0 and torch.allclose(whole, parts, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loop_averages_micro_batches_and_steps_once(make_config, monkeypatch):
+    """Gradient of a known loss at clip time, and optimiser steps, with two micro-batches a step."""
+    seen = {"norms": [], "steps": 0}
+    clip, step = torch.nn.utils.clip_grad_norm_, torch.optim.AdamW.step
+
+    def known_losses(batch, task, cfg, base, aligner, precision, generator):
+        yield {"loss/t2uv": (total := sum(p.sum() for p in lora_parameters(base.unet))), "loss/combined": total}
+
+    def spy_clip(parameters, max_norm):
+        seen["norms"].append(float(clip(parameters, max_norm)))
+        seen["clipped"] = float(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm())
+        seen["count"] = sum(p.numel() for p in parameters)
+        return torch.tensor(seen["norms"][-1])
+
+    def spy_step(*args, **kwargs):
+        seen["steps"] += 1
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(training, "batch_losses", known_losses)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy_clip)
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy_step)
+    train(make_config("training.t2uv.batch_size=2", "training.t2uv.max_grad_norm=0.5"), "t2uv")
+    assert seen["steps"] == 3 and len(seen["norms"]) == 3
+    assert seen["norms"] == pytest.approx([seen["count"] ** 0.5] * 3, rel=1e-4), "an average, not a sum"
+    assert seen["clipped"] == pytest.approx(0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_warm_up_and_decay(kind, make_config, tmp_path):
+    train(make_config(f"training.t2uv.lr_scheduler={kind}", "training.t2uv.lr_warmup_steps=2", "output.log_every=1",
+                      "training.t2uv.max_steps=6", "training.t2uv.learning_rate=0.01"), "t2uv")  # fmt: skip
+    rates = scalars(tmp_path / "logs")["learning_rate"]
+    assert rates[:3] == pytest.approx([0, 0.005, 0.01])
+    assert rates[-1] == pytest.approx(0.01) if kind == "constant" else rates[-1] < 0.005
+
+
+def test_the_body_is_the_data_sets_own(make_config, mesh, monkeypatch):
+    assert load_checkpoint(train(make_config("data.body=null"), "t2uv")).cfg.data.body == f"obj:{mesh}"
+    with pytest.raises(UserError, match="cannot read mesh"):
+        train(make_config("data.body=obj:nowhere.obj"), "t2uv", dry_run=True)
+
+
+def test_a_workers_error_is_one_line(make_config, dataset_dir, tmp_path):
+    import shutil
+
+    import datasets
+
+    table = datasets.Dataset.from_dict(
+        {"texture": [{"bytes": b"broken", "path": None}] * 4, "prompt": ["a"] * 4},
+        features=datasets.Features(texture=datasets.Image(), prompt=datasets.Value("string")),
+    )
+    table.save_to_disk(tmp_path / "broken")
+    with pytest.raises(UserError) as caught:
+        train(make_config(f"data.dataset={tmp_path / 'broken'}", "data.num_workers=1"), "t2uv", dry_run=True)
+    assert str(caught.value).startswith("cannot read picture texture") and "\n" not in str(caught.value)
+    shutil.rmtree(tmp_path / "broken")
 
 
 def test_two_runs_are_equal_to_the_bit(make_config, tmp_path):
@@ -208,7 +266,7 @@ def test_a_diverging_run_stops_and_keeps_the_last_checkpoint(make_config, tmp_pa
     cfg = make_config("output.log_every=1", "output.save_every=1")
     with pytest.raises(UserError, match=r"not finite at step 3.*learning_rate.*step-000002"):
         train(cfg, "joint")
-    assert load_checkpoint(tmp_path / "checkpoints" / "joint" / "step-000002", torch.device("cpu"), torch.float32)
+    assert load_checkpoint(tmp_path / "checkpoints" / "joint" / "step-000002")
     assert not (tmp_path / "checkpoints" / "joint" / "step-000003").exists()
 
 

@@ -1,0 +1,28 @@
+"""Writing to disk: whole files or none."""
+
+import os
+from pathlib import Path
+
+from errors import UserError, reason
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raises UserError unless folder `path` exists, or can be made, and can be written to; makes it."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make folder {path}: {reason(error)}; choose another place") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"cannot write to folder {path}; choose another place or change its permissions")
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    """Writes a file under a temporary name and renames it. Raises UserError when that fails."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {reason(error)}; choose another place") from None
