@@ -8,6 +8,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from base_model import BaseModel, load_base, pick_device

@@ -199,7 +199,8 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             value = text
-        target[name] = text if isinstance(value, dict) else value  # "{prompt}" is text, not a section
+        # "{prompt}" is text, not a section; and nothing is empty text (write null for none)
+        target[name] = text if isinstance(value, dict) or not text else value
     return read_config(values, str(path))
 
 
