@@ -343,7 +343,8 @@ def model_card(out: Path, summary: dict) -> str:
         for name, stage in summary.items() if isinstance(stage, dict)
     ]  # fmt: skip
     megabytes = sum(path.stat().st_size for path in out.rglob("*.safetensors")) / 1e6
-    return MODEL_CARD.format(megabytes=megabytes, stages="\n".join(stages), **sizes, **summary)
+    facts = {key: value for key, value in summary.items() if not isinstance(value, dict)}
+    return MODEL_CARD.format(megabytes=megabytes, stages="\n".join(stages), **sizes, **facts)
 
 
 def main():
