@@ -87,6 +87,9 @@ def build_dataset(
     Raises UserError when a texture cannot be read, or when out holds a data set built with other settings.
     """
     out = Path(out)
+    kind, _, path = body_spec.partition(":")
+    if path:  # the data set is read from anywhere
+        body_spec = f"{kind}:{Path(path).resolve()}"
     info = {"body": body_spec, "textures": len(source), "views": views, "height": height, "width": width, "seed": seed}
     if not len(source):
         raise UserError("there are no textures to build from")
