@@ -1,6 +1,6 @@
 """The frozen base: a Stable Diffusion folder or hub name, and a CLIP vision model for image conditioning."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ class BaseModel:
     image_encoder: CLIPVisionModel | None
     image_processor: CLIPImageProcessorPil | None
     noise_scheduler: DDPMScheduler
+    posteriors: dict = field(default_factory=dict)  # of textures already encoded, by their id
 
     @property
     def device(self) -> torch.device:

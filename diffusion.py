@@ -33,11 +33,16 @@ def autocast(device: torch.device, dtype: torch.dtype | None):
 
 
 @torch.no_grad()
-def encode_latents(vae, pixel_values: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """pixel_values: (B, 3, H, W) in [-1, 1] → latents: (B, 4, H/8, W/8), a posterior sample of unit scale, float32."""
+def encode_posterior(vae, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    """pixel_values: (B, 3, H, W) in [-1, 1] → mean and deviation of the posterior: (B, 4, H/8, W/8), float32."""
     posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
-    noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
-    return (posterior.mean + posterior.std * noise).float() * vae.config.scaling_factor
+    return posterior.mean.float(), posterior.std.float()
+
+
+def sample_posterior(vae, mean: Tensor, std: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """latents of unit scale drawn from a posterior; the noise is drawn on the CPU."""
+    noise = torch.randn(mean.shape, generator=generator).to(mean)
+    return (mean + std * noise) * vae.config.scaling_factor
 
 
 @torch.no_grad()

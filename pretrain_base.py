@@ -37,7 +37,7 @@ from transformers import (
 
 from atlas_dataset import procedural
 from base_model import load_base
-from diffusion import autocast, encode_latents, resolve_precision, training_target
+from diffusion import autocast, encode_posterior, resolve_precision, training_target
 from render.utils import fill_outside, load_anny_body, look_at, orbit_cameras, render_views, studio_lights
 
 RESOLUTION = 256  # pixels; latents are 32 x 32
@@ -277,7 +277,8 @@ def train_unet(out: Path, work: Path, pictures, captions, steps: int, batch: int
     with torch.no_grad(), autocast(device, precision):
         for start in tqdm(range(0, len(pictures), 50), "latents and text states"):
             pixel_values = torch.from_numpy(pictures[start : start + 50].copy()).to(device) / 127.5 - 1
-            latents.append(encode_latents(vae, pixel_values).half().cpu())
+            mean, _ = encode_posterior(vae, pixel_values)
+            latents.append((mean * vae.config.scaling_factor).half().cpu())
             input_ids = tokenize(tokenizer, captions[start : start + 50]).to(device)
             context.append(text_encoder(input_ids).last_hidden_state.half().cpu())
         empty = text_encoder(tokenize(tokenizer, [""]).to(device)).last_hidden_state.half().cpu()

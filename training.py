@@ -24,7 +24,14 @@ from base_model import BaseModel, load_base, pick_device
 from checkpoints import TrainedModel, save_checkpoint
 from conditioning import drop_conditions, encode_images, encode_prompts, make_aligner
 from configuration import Config, Schedule, dump_config
-from diffusion import autocast, encode_latents, frozen_dtype, resolve_precision, training_target
+from diffusion import (
+    autocast,
+    encode_posterior,
+    frozen_dtype,
+    resolve_precision,
+    sample_posterior,
+    training_target,
+)
 from errors import UserError
 from files import check_writable
 from generation import condition, generate
@@ -33,6 +40,7 @@ from lora_utils import add_lora
 from render.utils import Body, load_body, orbit_cameras, render_views
 
 CONDITIONS = {"t2uv": ("text",), "i2uv": ("image",), "joint": ("text", "image")}
+POSTERIORS_KEPT = 1024  # in memory; 0.3 MB each at 512 pixels
 LOSS_NAME = {"text": "loss/t2uv", "image": "loss/i2uv"}
 
 
@@ -153,7 +161,8 @@ def batch_losses(
     schedule = getattr(cfg.training, task)
     weights = {"text": schedule.alpha, "image": schedule.beta} if task == "joint" else {"text": 1.0, "image": 1.0}
     with autocast(device, precision):
-        latents = encode_latents(base.vae, batch["texture"].to(device), generator)  # (B, 4, H/8, W/8)
+        mean, std = posteriors(base, batch)
+        latents = sample_posterior(base.vae, mean, std, generator)  # (B, 4, H/8, W/8)
         null_states = encode_prompts(base, [""])  # (1, L, D)
         if "text" in CONDITIONS[task] or schedule.gamma:
             prompts = [cfg.model.prompt_template.format(prompt=prompt) for prompt in batch["prompt"]]
@@ -181,6 +190,22 @@ def batch_losses(
         if losses:
             combined = combined + schedule.gamma * losses["loss/align"]
         yield {LOSS_NAME[kind]: loss, **losses, "loss/combined": combined}
+
+
+def posteriors(base: BaseModel, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of each texture's latents, (B, 4, H/8, W/8); the last POSTERIORS_KEPT are remembered.
+
+    A texture comes back with each of its renders and each epoch, and its posterior does not change.
+    """
+    known, ids = base.posteriors, batch["texture_id"].tolist()
+    missing = {texture_id: row for row, texture_id in enumerate(ids) if texture_id not in known}
+    if missing:
+        encoded = encode_posterior(base.vae, batch["texture"][list(missing.values())].to(base.device))
+        known.update(zip(missing, zip(*encoded)))
+    mean, std = (torch.stack(part) for part in zip(*(known[texture_id] for texture_id in ids)))
+    while len(known) > POSTERIORS_KEPT:
+        del known[next(iter(known))]
+    return mean, std
 
 
 def diverged(task: str, global_step: int, checkpoint: Path | None) -> UserError:

@@ -103,7 +103,7 @@ class ATLASLarge(Dataset):
 
     body is the spec of the mesh whose UV layout the textures have; None where the layout does not say.
 
-    A row: texture (3, resolution, resolution) in [-1, 1], filled outside the UV islands; prompt; and but for
+    A row: texture (3, resolution, resolution) in [-1, 1], filled outside the islands; texture_id; prompt; and but for
     t2uv image (3, image_size, image_size) in [-1, 1], padded to a square.
     """
 
@@ -169,7 +169,7 @@ class ATLASLarge(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         texture_row = index if self.renders is None else self.texture_rows[index]
-        row = {"texture": self._texture(texture_row), "prompt": self.prompts[texture_row]}
+        row = {"texture": self._texture(texture_row), "prompt": self.prompts[texture_row], "texture_id": texture_row}
         if self.renders is not None:
             image = self._open(self.renders[index]["image"], f"image of row {index}")
             row["image"] = prepare_image(image, self.image_size)

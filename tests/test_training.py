@@ -279,6 +279,21 @@ def test_options_of_the_step(make_config):
     assert "cls_token" in load_file(checkpoint / "aligner.safetensors")
 
 
+def test_a_texture_is_encoded_once(make_config, base, monkeypatch):
+    batch, calls = one_batch(make_config(), base), []
+    assert batch["texture_id"].tolist() == [0, 0, 0, 1]
+    original = training.encode_posterior
+    monkeypatch.setattr(
+        training, "encode_posterior", lambda vae, pixels: calls.append(len(pixels)) or original(vae, pixels)
+    )
+    first, second = training.posteriors(base, batch), training.posteriors(base, batch)
+    assert calls == [2] and all(torch.equal(*pair) for pair in zip(first, second))
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(first, original(base.vae, batch["texture"])))
+    monkeypatch.setattr(training, "POSTERIORS_KEPT", 1)
+    training.posteriors(base, batch)
+    assert list(base.posteriors) == [1]
+
+
 def test_too_few_rows(make_config):
     with pytest.raises(UserError, match="batch_size is 16"):
         train(make_config("training.t2uv.batch_size=16", "training.t2uv.effective_batch_size=16"), "t2uv")
