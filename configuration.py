@@ -78,6 +78,7 @@ class Schedule(Section):
     num_epochs: Positive = 10
     max_steps: Positive | None = None  # optimiser steps; null: num_epochs
     learning_rate: Annotated[Number, Field(gt=0)] = 1e-4
+    aligner_learning_rate: Annotated[Number, Field(gt=0)] | None = None  # null: learning_rate
     lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 50
     weight_decay: Annotated[Number, Field(ge=0)] = 0.01

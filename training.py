@@ -59,7 +59,11 @@ def train(cfg: Config, task: str, dry_run: bool = False) -> Path | None:
     base = load_base(cfg.model.pretrained_model, cfg.model.image_encoder, device, weight_dtype, cfg.model.attention)
     parameters = add_lora(base.unet, cfg.model.lora)
     aligner = make_aligner(cfg.model.aligner, base) if "image" in CONDITIONS[task] else None
-    parameters += list(aligner.parameters()) if aligner else []
+    groups = [{"params": list(parameters)}]
+    if aligner:
+        rate = schedule.aligner_learning_rate or schedule.learning_rate
+        groups.append({"params": list(aligner.parameters()), "lr": rate})
+        parameters += aligner.parameters()
     if cfg.model.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
         base.unet.train()  # diffusers checkpoints in training mode alone; these UNets have no dropout but LoRA's
@@ -85,7 +89,7 @@ def train(cfg: Config, task: str, dry_run: bool = False) -> Path | None:
         )
     )
 
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
     kind = "constant_with_warmup" if schedule.lr_scheduler == "constant" else schedule.lr_scheduler
     lr_scheduler = get_scheduler(
         kind, optimizer, num_warmup_steps=schedule.lr_warmup_steps, num_training_steps=total_steps

@@ -63,7 +63,8 @@ def main():
             f"output.out_dir={work / 'checkpoints'}", f"output.log_dir={work / 'logs'}", "output.sample_every=1000000",
             "output.save_every=1000000", f"training.seed={SEED}", f"training.joint.max_steps={args.steps}",
             "training.joint.batch_size=7", "training.joint.effective_batch_size=7",
-            "training.joint.learning_rate=3e-3", "training.joint.gamma=0.5",
+            "training.joint.learning_rate=3e-3", "training.joint.aligner_learning_rate=5e-4",
+            "training.joint.gamma=0.5",
             *dotted_overrides(unknown),
         ])  # fmt: skip
         trained = load_checkpoint(train(cfg, "joint"))

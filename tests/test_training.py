@@ -189,6 +189,16 @@ def test_warm_up_and_decay(kind, make_config, tmp_path):
     assert rates[-1] == pytest.approx(0.01) if kind == "constant" else rates[-1] < 0.005
 
 
+def test_the_aligner_may_have_its_own_rate(make_config, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "get_scheduler", lambda kind, optimizer, **steps: seen.append(optimizer) or 1 / 0)
+    for override, rates in (("null", [0.01, 0.01]), ("0.002", [0.01, 0.002])):
+        with pytest.raises(ZeroDivisionError):
+            train(make_config("training.joint.learning_rate=0.01",
+                              f"training.joint.aligner_learning_rate={override}"), "joint")  # fmt: skip
+        assert [group["lr"] for group in seen[-1].param_groups] == rates
+
+
 def test_the_body_is_the_data_sets_own(make_config, mesh, monkeypatch):
     assert load_checkpoint(train(make_config("data.body=null"), "t2uv")).cfg.data.body == f"obj:{mesh}"
     with pytest.raises(UserError, match="cannot read mesh"):
