@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from base_model import PROJECT_ROOT
 from errors import UserError, reason
@@ -115,10 +124,57 @@ class Training(Section):
         return values
 
 
+def _in_order(values: list[float]) -> list[float]:
+    if values[0] > values[1]:
+        raise ValueError(f"{values} is no range: write [low, high]")
+    return values
+
+
+Range = Annotated[list[Number], Field(min_length=2, max_length=2), AfterValidator(_in_order)]
+
+
+class Backgrounds(Section):
+    """How often each kind stands behind the body, in any unit."""
+
+    plain: Annotated[Number, Field(ge=0)] = 0.4
+    gradient: Annotated[Number, Field(ge=0)] = 0.3
+    noise: Annotated[Number, Field(ge=0)] = 0.3
+    pictures: Annotated[Number, Field(ge=0)] = 0.0  # of data.render.background_folder
+
+
+class Render(Section):
+    """What each render shows, drawn anew: ranges are uniform, angles in degrees."""
+
+    poses: str = "own"  # own: the body's own sampler; rest; or a folder of AMASS motions (SMPL family)
+    azimuth: Range = [0, 360]  # 0 sees the front, 90 the left side
+    elevation: Range = [-15, 25]
+    fov_degrees: Range = [22, 45]
+    full_body: Share = 0.8  # share of renders that show the whole body; the others end between waist and knees
+    fill: Range = [0.7, 0.95]  # share of the picture's height that is body
+    ambient: Range = [0.3, 0.5]  # strength of the light from all sides
+    key: Range = [0.4, 0.65]  # of the main light
+    side: Range = [0.0, 0.2]  # of the light that fills the shadows
+    tint: Share = 0.1  # how far a light's colour strays from white
+    environment: Share = 0.25  # share of renders lit by a random environment instead of ambient, key and side
+    backgrounds: Backgrounds = Backgrounds()
+    background_folder: str | None = None
+
+    @model_validator(mode="after")
+    def _has_backgrounds(self):
+        weights = self.backgrounds.model_dump()
+        if not sum(weights.values()):
+            raise ValueError("backgrounds: all are 0; give at least one a weight")
+        if weights["pictures"] and not self.background_folder:
+            raise ValueError("backgrounds.pictures needs background_folder, a folder of pictures")
+        return self
+
+
 class Data(Section):
     dataset: str = "procedural:240"  # folder built by build_atlas_large or in the seed's layout, or procedural:COUNT
-    views: Positive = 4  # renders a texture; for procedural:COUNT
+    views: Literal["stored", "online"] = "stored"  # online: training renders fresh views, none is read
+    views_per_texture: Positive = 4  # for procedural:COUNT and for online views
     body: str | None = None  # whose UV layout the textures have: anny or obj:PATH; null: what the data set says
+    render: Render = Render()  # what online views and newly built data sets show
     cache_dir: str = "data_cache"
     resolution: Positive | None = None  # side of the textures; null: what the base was trained on
     num_workers: Annotated[int, Field(ge=0)] = 0

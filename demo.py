@@ -11,10 +11,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from atlas_dataset.building import render_texture, sample_view
 from atlas_dataset.dataset import ProceduralTextures
+from atlas_dataset.views import render_texture
+from configuration import Render
 from images import image_from_pixels, open_image, texture_pixels
-from render.utils import load_body
+from render.rigs import load_rig
 
 OUT = Path("outputs/demo")
 PROMPTS = (  # combinations that `Outfit.held_out` keeps out of training
@@ -36,9 +37,10 @@ def held_out_person() -> Path:
     """A render of a dressed body that training never sees."""
     encoded, prompt = ProceduralTextures(1, 256, seed=1, held_out=True)[0]
     texture = texture_pixels(open_image(encoded), 256)
-    view = {**sample_view(1, 0, 0), "azimuth": 20.0, "elevation": 5.0, "fov_degrees": 28.0}
+    render = Render(azimuth=[20, 20], elevation=[5, 5], full_body=1)
     path = OUT / "person.png"
-    image_from_pixels(render_texture(load_body("anny"), texture, [view], 512, 384)[0]).save(path)
+    picture, _ = render_texture(load_rig("anny"), texture, render, 1, 0, [0], 512, 384)[0]
+    image_from_pixels(picture).save(path)
     print(f"{path}: {prompt}")
     return path
 

@@ -10,15 +10,22 @@ from torch import Tensor
 from errors import UserError, reason
 from render.utils import fill_outside
 
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
-def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:
+
+def open_image(source: str | Path | bytes, name: str | None = None, size: int | None = None) -> Image.Image:
     """A picture from a file or from encoded bytes, turned upright, as RGB or RGBA.
 
-    Raises UserError, with `name` or the path, when it cannot be read.
+    size: the side it will be shrunk to, if known: a JPEG is then decoded no larger than needed. Raises UserError,
+    with `name` or the path, when it cannot be read.
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if size:
+                image.draft("RGB", (size, size))
             image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I") and image.getextrema()[1] > 255:  # 16 bits: PIL would cut, not scale
+                image = image.point(lambda value: value / 257).convert("L")
             has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
             return image.convert("RGBA" if has_alpha else "RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

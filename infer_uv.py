@@ -20,7 +20,7 @@ from errors import UserError, exit_on_user_error
 from files import check_writable, write_whole
 from generation import ROWS_AT_ONCE, condition, finish_texture, generate
 from images import encode_image, open_image, texture_pixels
-from render.turntable import save_gif, turntable_frames
+from render.turntable import save_turntable, turntable_frames
 from render.utils import load_body
 
 
@@ -134,7 +134,7 @@ def main():
             print(path)
             if args.turntable:
                 frames = turntable_frames(body, (texture_pixels(finished, finished.width) + 1) / 2)
-                save_gif(frames, path.with_suffix(".gif"))
+                save_turntable(frames, path.with_suffix(".gif"))
                 print(path.with_suffix(".gif"))
 
 

@@ -2,10 +2,11 @@
 
     python pretrain_base.py --out embedded_base          # about an hour on 2 cores; continues where it stopped
 
-Four stages, each on captioned renders of procedurally dressed bodies and on patchworks of fabric; no picture
+Five stages, each on captioned renders of procedurally dressed bodies and on patchworks of fabric; no picture
 shows a UV texture, so making those is left to the joint training:
 1. tokenizer (byte-level BPE);  2. text and image encoder, contrastively (CLIP, Radford et al. 2021);
-3. autoencoder;  4. UNet (v-prediction, zero terminal SNR: Lin et al. 2024).
+3. the image encoder alone, contrastively on two views of one outfit (SLIP, Mu et al. 2022);
+4. autoencoder;  5. UNet (v-prediction, zero terminal SNR: Lin et al. 2024).
 """
 
 import argparse
@@ -36,12 +37,17 @@ from transformers import (
 )
 
 from atlas_dataset import procedural
+from atlas_dataset.views import render_texture
 from base_model import load_base
+from configuration import Render
 from diffusion import autocast, encode_posterior, resolve_precision, training_target
-from render.utils import fill_outside, load_anny_body, look_at, orbit_cameras, render_views, studio_lights
+from render.bodies import load_anny_body
+from render.rigs import load_rig
+from render.utils import fill_outside, look_at, orbit_cameras, render_views, studio_lights
 
 RESOLUTION = 256  # pixels; latents are 32 x 32
 CLIP_RESOLUTION = 128
+VIEWS = 4  # of an outfit, for the image encoder
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PHENOTYPES = {  # Anny's axes: gender 0 male to 1 female; age 1/3 child, 2/3 adult, 1 old
     "man": dict(gender=0.0, age=0.67), "woman": dict(gender=1.0, age=0.67),
@@ -78,22 +84,47 @@ def render_scene(seed: int, index: int) -> tuple[np.ndarray, str]:
     return picture.round().to(torch.uint8).numpy(), caption
 
 
-def load_renders(work: Path, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
-    """count renders (count, 3, 256, 256) uint8, memory-mapped, and their captions; made once."""
-    pictures, captions = work / f"renders_{count}.npy", work / f"captions_{count}.json"
-    if not captions.exists():
-        array = np.lib.format.open_memmap(pictures, "w+", np.uint8, (count, 3, RESOLUTION, RESOLUTION))
-        texts = []
-        with ProcessPoolExecutor(
-            initializer=torch.set_num_threads, initargs=(1,), mp_context=get_context("spawn")
-        ) as pool:
-            scenes = pool.map(partial(render_scene, seed), range(count), chunksize=32)
-            for index, (picture, caption) in enumerate(tqdm(scenes, "renders", total=count)):
+@torch.no_grad()
+def render_outfit(seed: int, index: int) -> tuple[np.ndarray, str]:
+    """One outfit on VIEWS posed bodies of any shape → (VIEWS, 3, 128, 128) uint8 and its caption.
+
+    Every second outfit is recoloured beyond the grammar's colours and has no caption: two views of it still match.
+    """
+    rng = np.random.default_rng([seed, index, 1])
+    outfit = procedural.sample_outfit(rng)
+    texture = procedural.paint_texture(outfit, index, RESOLUTION)
+    texture = fill_outside(texture[:3], texture[3] > 0)
+    caption = outfit.prompt if rng.uniform() < 0.5 else outfit.sentence(rng)
+    if index % 2:
+        gray, tint = texture.mean(0, keepdim=True), torch.from_numpy(rng.uniform(0.55, 1.1, (3, 1, 1))).float()
+        texture = (gray + (texture - gray) * rng.uniform(0.2, 1.0))[torch.from_numpy(rng.permutation(3))]
+        texture, caption = (texture ** rng.uniform(0.7, 1.8) * tint).clamp(0, 1), ""
+    width = CLIP_RESOLUTION if index % 4 < 2 else CLIP_RESOLUTION * 3 // 4
+    numbers, size = list(range(VIEWS)), (CLIP_RESOLUTION, width)
+    rendered = render_texture(load_rig("anny"), texture * 2 - 1, Render(fill=[0.5, 0.95]), seed, index, numbers, *size)
+    pictures = torch.stack([F.pad((picture + 1) / 2, ((CLIP_RESOLUTION - width) // 2,) * 2) for picture, _ in rendered])
+    return (pictures * 255).round().to(torch.uint8).numpy(), caption
+
+
+def load_renders(work: Path, name: str, scene, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
+    """scene(seed, 0 .. count - 1): pictures (count, ...) uint8, memory-mapped, and captions; goes on if stopped."""
+    pictures, captions = work / f"{name}_{count}.npy", work / f"{name}_{count}.jsonl"
+    done = len(captions.read_text().splitlines()) if captions.exists() else 0
+    if done < count:
+        shape = (count, *scene(seed, 0)[0].shape)
+        array = np.lib.format.open_memmap(pictures, "r+" if done else "w+", np.uint8, shape)
+        with (
+            ProcessPoolExecutor(
+                initializer=torch.set_num_threads, initargs=(1,), mp_context=get_context("spawn")
+            ) as pool,
+            captions.open("a") as lines,
+        ):
+            scenes = pool.map(partial(scene, seed), range(done, count), chunksize=32)
+            for index, (picture, caption) in enumerate(tqdm(scenes, name, initial=done, total=count), done):
                 array[index] = picture
-                texts.append(caption)
+                print(json.dumps(caption), file=lines, flush=True)
         array.flush()
-        captions.write_text(json.dumps(texts))
-    return np.load(pictures, mmap_mode="r"), json.loads(captions.read_text())
+    return np.load(pictures, mmap_mode="r"), [json.loads(line) for line in captions.read_text().splitlines()]
 
 
 def train_stage(
@@ -221,6 +252,68 @@ def train_clip(out: Path, work: Path, pictures, captions, steps: int, batch: int
     return summary
 
 
+def augment(pixel_values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """(B, 3, H, W) in [0, 1]: mirrored, zoomed, shifted and dimmed at random; the border's colour runs on outside."""
+    rows = len(pixel_values)
+
+    def uniform(low, high, *shape):
+        return torch.empty(rows, *shape).uniform_(low, high, generator=generator)
+
+    zoom, theta = uniform(-0.5, 0.2).exp(), torch.zeros(rows, 2, 3)
+    theta[:, 0, 0] = zoom * uniform(-1, 1).sign()
+    theta[:, 1, 1] = zoom
+    theta[:, :, 2] = uniform(-0.15, 0.15, 2)
+    grid = F.affine_grid(theta, pixel_values.shape, align_corners=False).to(pixel_values.device)
+    moved = F.grid_sample(pixel_values, grid, padding_mode="border", align_corners=False)
+    return (moved * uniform(0.85, 1.15, 1, 1, 1).to(moved.device)).clamp(0, 1)
+
+
+def train_image(out: Path, work: Path, pictures, captions, steps: int, batch: int, device, precision) -> dict:
+    """The image encoder goes on against the finished text encoder: two views of an outfit match, and its caption."""
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
+    text = CLIPTextModelWithProjection.from_pretrained(out / "text_encoder", dtype=torch.float32).to(device).eval()
+    image = CLIPVisionModelWithProjection.from_pretrained(out / "image_encoder", dtype=torch.float32).to(device)
+    with torch.no_grad():
+        text_embeds = torch.cat([
+            text(tokenize(tokenizer, captions[start : start + 200]).to(device)).text_embeds
+            for start in range(0, len(captions), 200)
+        ])  # fmt: skip
+    text_embeds = F.normalize(text_embeds, dim=-1)
+    captioned = torch.tensor([bool(caption) for caption in captions])
+    target = captioned.cumsum(0) - 1  # a caption's place among the captions
+    text_embeds = text_embeds[captioned.to(device)]
+    torch.manual_seed(3)
+    heads = torch.nn.ModuleDict({"views": torch.nn.Linear(image.config.hidden_size, 128)}).to(device)
+    scale = torch.nn.ParameterDict({"log": torch.nn.Parameter(torch.tensor([3.0, 3.0]))}).to(device)
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+
+    def loss_fn(step):
+        rng = np.random.default_rng([5, step])
+        rows, views = (
+            rng.choice(len(pictures), batch, replace=False),
+            rng.permuted(np.tile(range(VIEWS), (batch, 1)), axis=1),
+        )
+        chosen = np.concatenate([pictures[rows, views[:, 0]], pictures[rows, views[:, 1]]])
+        generator = torch.Generator().manual_seed(step)
+        pixels = (augment(torch.from_numpy(chosen).to(device) / 255, generator) - mean) / std
+        with autocast(device, precision):
+            encoded = image.vision_model(pixel_values=pixels)
+            image_embeds = F.normalize(image.visual_projection(encoded.pooler_output).float(), dim=-1)
+            view_embeds = F.normalize(heads["views"](encoded.last_hidden_state[:, 0]).float(), dim=-1)
+        scales = scale["log"].exp().clamp(max=60)
+        logits = view_embeds[:batch] @ view_embeds[batch:].T * scales[0]
+        labels = torch.arange(batch, device=device)
+        same_outfit = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+        known = captioned[rows].repeat(2)
+        logits = image_embeds[known.to(device)] @ text_embeds.T * scales[1]
+        return same_outfit + 0.3 * F.cross_entropy(logits, target[rows].repeat(2)[known].to(device))
+
+    modules = {"image": image, "heads": heads, "scale": scale}
+    summary = train_stage("image", work, modules, loss_fn, steps, lr=6e-4)
+    image.half().save_pretrained(out / "image_encoder")
+    return summary
+
+
 def train_vae(out: Path, work: Path, pictures, steps: int, batch: int, device, precision) -> dict:
     torch.manual_seed(1)
     vae = AutoencoderKL(
@@ -327,8 +420,8 @@ precision: UNet {unet:.1f} M parameters on 32x32x8 latents of 256x256 pictures, 
 {text_encoder:.1f} M, image encoder {image_encoder:.1f} M, a byte-level BPE of the prompts' own words.
 
 Trained from nothing by `python pretrain_base.py` on {renders} captioned renders of procedurally dressed bodies
-(Anny) and, for the autoencoder, on patchworks of fabric; never on a UV texture. It is no use for anything but this
-project's demonstration and tests.
+(Anny), for the image encoder on {outfits} further outfits in four poses each, and for the autoencoder on patchworks of
+fabric; never on a UV texture. It is no use for anything but this project's demonstration and tests.
 
 | stage | steps | seconds ({device}, {precision}) | first loss | last loss |
 | --- | --- | --- | --- | --- |
@@ -353,7 +446,9 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("embedded_base"))
     parser.add_argument("--work", type=Path, default=Path("data_cache/pretrain"), help="renders and resumable state")
     parser.add_argument("--renders", type=int, default=5000)
+    parser.add_argument("--outfits", type=int, default=2600, help="outfits rendered in several poses")
     parser.add_argument("--clip-steps", type=int, default=900)
+    parser.add_argument("--image-steps", type=int, default=2600)
     parser.add_argument("--vae-steps", type=int, default=2600)
     parser.add_argument("--unet-steps", type=int, default=2100)
     parser.add_argument("--mixed-precision", choices=("auto", "no", "bf16", "fp16"), default="auto")
@@ -364,11 +459,13 @@ def main():
     args.work.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
     precision = resolve_precision(args.mixed_precision, device)
-    pictures, captions = load_renders(args.work, args.renders, seed=0)
+    pictures, captions = load_renders(args.work, "renders", render_scene, args.renders, seed=0)
+    outfits = load_renders(args.work, "outfits", render_outfit, args.outfits, seed=0)
     train_tokenizer(args.out)
     common = dict(device=device, precision=precision)
-    summary = {"renders": args.renders, "device": device.type, "precision": str(precision)}
+    summary = {"renders": args.renders, "outfits": args.outfits, "device": device.type, "precision": str(precision)}
     summary["clip"] = train_clip(args.out, args.work, pictures, captions, args.clip_steps, 96, **common)
+    summary["image"] = train_image(args.out, args.work, *outfits, args.image_steps, 96, **common)
     summary["vae"] = train_vae(args.out, args.work, pictures, args.vae_steps, 24, **common)
     summary["unet"] = train_unet(args.out, args.work, pictures, captions, args.unet_steps, 16, **common)
     (args.out / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from atlas_dataset.building import build_dataset
-from atlas_dataset.dataset import ATLASLarge, ProceduralTextures
+from atlas_dataset.dataset import ATLASLarge, ProceduralTextures, fingerprint
 from base_model import BaseModel, load_base, pick_device
 from checkpoints import TrainedModel, save_checkpoint
 from conditioning import drop_conditions, encode_images, encode_prompts, make_aligner
@@ -37,7 +37,8 @@ from files import check_writable
 from generation import condition, generate
 from images import image_from_pixels
 from lora_utils import add_lora
-from render.utils import Body, load_body, orbit_cameras, render_views
+from render.bodies import Body
+from render.utils import load_body, orbit_cameras, render_views
 
 CONDITIONS = {"t2uv": ("text",), "i2uv": ("image",), "joint": ("text", "image")}
 POSTERIORS_KEPT = 1024  # in memory; 0.3 MB each at 512 pixels
@@ -73,8 +74,6 @@ def train(cfg: Config, task: str, dry_run: bool = False) -> Path | None:
     # What it is trained on.
     dataset = open_dataset(cfg, task, base)
     cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"body": cfg.data.body or dataset.body})})
-    if cfg.data.body is None:
-        raise UserError(f"data set {cfg.data.dataset} does not say which body it is for; set data.body")
     body = load_body(cfg.data.body)
     accumulation = schedule.effective_batch_size // schedule.batch_size
     if len(dataset) < schedule.batch_size:
@@ -234,11 +233,14 @@ def step_generator(seed: int, global_step: int, micro_step: int) -> torch.Genera
 
 
 def shuffled_batches(rows: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Batches of row numbers without end: each epoch its own order, a remainder goes on into the next epoch."""
+    """Batches of row numbers without end: each epoch its own order, a remainder goes on into the next epoch.
+
+    Epoch e has the numbers e * rows .. (e + 1) * rows - 1: the data set takes them for the same rows again.
+    """
     queue, epoch = [], 0
     while True:
         while len(queue) < batch_size:
-            queue += np.random.default_rng([seed, epoch]).permutation(rows).tolist()
+            queue += (epoch * rows + np.random.default_rng([seed, epoch]).permutation(rows)).tolist()
             epoch += 1
         yield queue[:batch_size]
         queue = queue[batch_size:]
@@ -257,11 +259,22 @@ def open_dataset(cfg: Config, task: str, base: BaseModel) -> ATLASLarge:
             raise UserError(f"data.dataset {cfg.data.dataset!r}: write procedural:COUNT, the number of textures")
         if cfg.data.body not in (None, "anny"):
             raise UserError(f"data.body is {cfg.data.body!r}, but procedural textures are painted on anny")
-        root = cache_dir / f"procedural-{count}-{cfg.data.views}-{resolution}-{cfg.training.seed}"
+        views = cfg.data.views_per_texture if cfg.data.views == "stored" else 0
         source = ProceduralTextures(int(count), resolution, cfg.training.seed)
-        build_dataset(source, "anny", cfg.data.views, root, resolution, resolution * 3 // 4, cfg.training.seed)
+        key = fingerprint(source.fingerprint(), views, resolution, cfg.data.render.model_dump())
+        root = cache_dir / f"procedural-{count}-{key}"
+        build_dataset(source, "anny", views, root, resolution, resolution * 3 // 4, cfg.training.seed, cfg.data.render)
     image_size = base.image_encoder.config.image_size if base.image_encoder else 224
-    return ATLASLarge(root, task, resolution, image_size, str(cache_dir / "datasets"))
+    dataset = ATLASLarge(root, task, resolution, image_size, str(cache_dir / "datasets"))
+    body = cfg.data.body or dataset.body
+    if body is None:
+        raise UserError(f"data set {cfg.data.dataset} does not say which body it is for; set data.body")
+    if "image" in CONDITIONS[task]:
+        if cfg.data.views == "online":
+            dataset.render_online(cfg.data.render, body, cfg.data.views_per_texture, cfg.training.seed)
+        elif dataset.renders is None:
+            raise UserError(f"data set {cfg.data.dataset} holds no renders; set data.views to online")
+    return dataset
 
 
 def report(cfg, task, base, aligner, parameters, rows, total_steps, device, precision) -> str:

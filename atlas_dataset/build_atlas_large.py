@@ -1,9 +1,14 @@
-"""Builds ATLAS-Large: renders of each texture from random cameras.
+"""Builds ATLAS-Large: renders of each texture in random poses, from random cameras, in random light.
 
 python -m atlas_dataset.build_atlas_large --textures DIR --prompts FILE --body obj:smpl_uv.obj --out atlas_large
+
+What the renders show is data.render of the configuration: --data.render.full_body=1 shows the whole body each time,
+--data.render.poses=AMASS_DIR poses an SMPL body. Several GPUs or machines: accelerate launch -m
+atlas_dataset.build_atlas_large ... with the same arguments.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -11,29 +16,59 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 
 import datasets
 
-from atlas_dataset.building import build_dataset
+from atlas_dataset.building import build_dataset, verify_dataset
 from atlas_dataset.dataset import HuggingFaceATLAS, ProceduralTextures
-from errors import UserError, exit_on_user_error
+from configuration import DEFAULT_CONFIG, dotted_overrides, load_config
+from errors import UserError, exit_on_user_error, reason
+
+
+def push_to_hub(folder: Path, repository: str) -> None:
+    """Uploads a finished data set to the hub. Raises UserError when it cannot be reached."""
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, repo_type="dataset", exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, repo_type="dataset")
+    except Exception as error:  # network, rights, names
+        raise UserError(
+            f"cannot push to {repository} ({reason(error)}); log in with 'hf auth login'; {folder} is whole"
+        ) from None
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--textures", required=True, help="folder of pictures, copy or hub name of ATLAS, or procedural:COUNT"
-    )
+    parser.add_argument("--textures", help="folder of pictures, copy or hub name of ATLAS, or procedural:COUNT")
     parser.add_argument("--prompts", help="text file, a prompt a line in the textures' order")
-    parser.add_argument("--body", default="anny", help="anny or obj:PATH (default: %(default)s)")
-    parser.add_argument("--views", type=int, default=5, help="renders of each texture (default: %(default)s)")
+    parser.add_argument(
+        "--body", default="anny", help="anny, obj:PATH, smpl:PATH, smplh:PATH or smplx:PATH (default: %(default)s)"
+    )
+    parser.add_argument("--views", type=int, default=5, help="renders of each texture; 0: none (default: %(default)s)")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--height", type=int, default=1024)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("--limit", type=int, help="only the first so many textures")
+    parser.add_argument("--licence", default="unknown", help="of the textures, stored with each row")
+    parser.add_argument("--workers", type=int, help="rendering processes (default: one a core, none on CUDA)")
+    parser.add_argument("--verify", action="store_true", help="build nothing; decode every picture of --out")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the finished data set")
+    parser.add_argument("--config", help="YAML file whose data.render is used")
+    args, overrides = parser.parse_known_args()
     datasets.disable_progress_bars()
 
     with exit_on_user_error():
-        if min(args.views, args.height, args.width) < 1 or args.seed < 0:
-            raise UserError("--views, --height and --width must be 1 or more, --seed 0 or more")
+        if args.verify:
+            counts = verify_dataset(args.out)
+            print(f"{args.out} is whole: {counts['textures']} textures and {counts['renders']} renders")
+            return
+        if args.textures is None:
+            raise UserError("--textures is missing: name a folder of pictures, a copy of ATLAS, or procedural:COUNT")
+        if min(args.height, args.width) < 1 or min(args.seed, args.views, args.workers or 0) < 0:
+            raise UserError("--height and --width must be 1 or more, --seed, --views and --workers 0 or more")
+        if args.limit is not None and args.limit < 1:
+            raise UserError("--limit must be 1 or more")
+        render = load_config(args.config or DEFAULT_CONFIG, dotted_overrides(overrides)).data.render
         kind, _, count = args.textures.partition(":")
         if kind == "procedural":
             if not count.isdigit():
@@ -41,8 +76,18 @@ def main():
             source = ProceduralTextures(int(count), seed=args.seed)
         else:
             source = HuggingFaceATLAS(args.textures, args.prompts)
-        out = build_dataset(source, args.body, args.views, args.out, args.height, args.width, args.seed)
-        print(f"{len(source)} textures and {len(source) * args.views} renders in {out}")
+        source.limit(args.limit)
+        out = build_dataset(
+            source, args.body, args.views, args.out, args.height, args.width, args.seed, render, args.licence,
+            args.workers,
+        )  # fmt: skip
+        skipped = out / "skipped.json"
+        note = ""
+        if skipped.exists() and json.loads(skipped.read_text()):
+            note = f"; {len(json.loads(skipped.read_text()))} skipped, see {skipped}"
+        print(f"{len(source)} textures and {len(source) * args.views} renders in {out}{note}")
+        if args.push_to_hub:
+            push_to_hub(out, args.push_to_hub)
 
 
 if __name__ == "__main__":

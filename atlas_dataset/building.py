@@ -1,29 +1,53 @@
-"""Renders each texture from random cameras and writes the data set that `ATLASLarge` reads.
+"""Renders each texture as `views.sample_view` says and writes the data set that `ATLASLarge` reads.
 
-Layout: `textures/*.parquet` (texture_id, texture, prompt), each texture once with its own bytes;
-`renders/*.parquet` (texture_id, view, image and the camera); `atlas_large.json`; a data card. Shards are written
-to a temporary name and renamed; running the same command again continues after the last whole shard.
+Layout: `textures/*.parquet` (texture_id, texture, prompt, licence), each texture once with its own bytes;
+`renders/*.parquet` (texture_id, view, image and all that was drawn for it); `atlas_large.json`; a data card; and
+`skipped.json`, the textures that could not be read. A shard is written under a temporary name and renamed, so that
+the same command goes on after the last whole one. Each of RANK of WORLD_SIZE processes (torchrun, accelerate launch)
+takes every WORLD_SIZE-th shard: the rows are the same for any number of processes and workers.
 """
 
-import io
 import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import datasets
-import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from atlas_dataset.dataset import INFO_FILE
+from atlas_dataset.views import render_texture
+from configuration import Render
 from errors import UserError, reason
 from files import check_writable, write_whole
 from images import encode_image, image_from_pixels, open_image, texture_pixels
-from render.utils import Body, Cameras, Lights, load_body, orbit_cameras, render_views
+from render.rigs import load_rig
 
-TEXTURES_PER_SHARD = 64
-VIEWS_AT_ONCE = 4  # bounds the renderer's memory
-VIEW_KEYS = ("azimuth", "elevation", "fov_degrees")
+TEXTURES_PER_SHARD = 32
+ROWS_PER_GROUP = 16  # of a shard's rows, the unit that is written and read at once
+JPEG = dict(format="JPEG", quality=92, subsampling=0)
+JPEG_BYTES = 0.11  # a pixel, for the estimate of the disk space
+
+COLOUR = datasets.Sequence(datasets.Value("float32"))
+TEXTURE_FEATURES = datasets.Features({
+    "texture_id": datasets.Value("int64"), "texture": datasets.Image(), "prompt": datasets.Value("string"),
+    "licence": datasets.Value("string"),
+})  # fmt: skip
+RENDER_FEATURES = datasets.Features({
+    "texture_id": datasets.Value("int64"), "view": datasets.Value("int64"), "image": datasets.Image(),
+    **{key: datasets.Value("float32") for key in ("azimuth", "elevation", "fov_degrees", "fill", "bottom")},
+    "ambient": COLOUR, "lights": datasets.Sequence(COLOUR), "background": datasets.Value("string"),
+    "pose": COLOUR, "shape": COLOUR, "gender": datasets.Value("string"), "licence": datasets.Value("string"),
+})  # fmt: skip
 
 DATA_CARD = """---
 configs:
@@ -35,117 +59,229 @@ configs:
 ---
 # UV textures and renders of them
 {textures} textures in the UV layout of `{body}`, {views} renders of {height}x{width} pixels each.
-`renders` has `texture_id`, `view`, `image` and its camera (degrees; azimuth 0 sees the front);
-`textures` has `texture_id`, `texture` and `prompt`. The licence is that of the textures it was built from.
+
+| columns of `renders` | |
+| --- | --- |
+| `texture_id`, `view` | which texture, and the number of its render |
+| `image` | the render |
+| `azimuth`, `elevation`, `fov_degrees` | of the camera, in degrees; azimuth 0 sees the front |
+| `fill`, `bottom` | share of the picture's height that is body; share of the body below the picture's edge |
+| `ambient`, `lights` | colours; each light is azimuth and elevation as seen from the camera, red, green, blue |
+| `background` | plain, gradient, noise or pictures |
+| `pose`, `shape`, `gender` | of the body; empty for a mesh that cannot be posed |
+| `licence` | of the texture, and so of its renders: {licence} |
+
+`textures` has `texture_id`, `texture`, `prompt` and `licence`. Every render follows from the seed ({seed}),
+`texture_id` and `view` alone. Textures that could not be read are in `skipped.json`.
 """
 
 
-def sample_view(seed: int, texture_id: int, view: int) -> dict[str, float]:
-    """Camera, light and background of one render, from these three numbers alone. Angles in degrees."""
-    rng = np.random.default_rng([seed, texture_id, view])
-    return {
-        "azimuth": rng.uniform(0, 360), "elevation": rng.uniform(-15, 25), "fov_degrees": rng.uniform(22, 45),
-        "light_azimuth": rng.uniform(-70, 70), "light_elevation": rng.uniform(0, 60), "ambient": rng.uniform(0.4, 0.55),
-        "strength": rng.uniform(0.45, 0.65), "red": rng.uniform(), "green": rng.uniform(), "blue": rng.uniform(),
-    }  # fmt: skip
-
-
-def view_lights(cameras: Cameras, views: dict[str, torch.Tensor]) -> Lights:
-    """Directional lights, their azimuth and elevation (degrees) counted from each camera's own direction."""
-    azimuth, elevation = torch.deg2rad(views["light_azimuth"]), torch.deg2rad(views["light_elevation"])
-    towards = torch.stack(
-        [azimuth.sin() * elevation.cos(), -elevation.sin(), -azimuth.cos() * elevation.cos()], dim=-1
-    )  # camera axes: x right, y down, z forward
-    direction = F.normalize((towards[:, None] @ cameras.rotation)[:, 0], dim=-1)
-    return Lights(direction, views["ambient"], views["strength"])
-
-
-def render_texture(
-    body: Body, texture: torch.Tensor, views: list[dict[str, float]], height: int, width: int
-) -> list[torch.Tensor]:
-    """texture: (3, S, S) in [-1, 1] → a picture (3, height, width) in [-1, 1] for each view."""
-    pictures = []
-    for start in range(0, len(views), VIEWS_AT_ONCE):
-        chunk = views[start : start + VIEWS_AT_ONCE]
-        columns = {
-            key: torch.tensor([view[key] for view in chunk], dtype=torch.float32).to(texture.device) for key in chunk[0]
-        }
-        cameras = orbit_cameras(body, *(columns[key] for key in VIEW_KEYS), aspect=width / height)
-        background = torch.stack([columns[channel] for channel in ("red", "green", "blue")], dim=-1)
-        rendered = render_views(
-            body, (texture[None] + 1) / 2, cameras, height, width, view_lights(cameras, columns), background
-        )
-        pictures.extend(rendered * 2 - 1)
-    return pictures
-
-
 def build_dataset(
-    source, body_spec: str, views: int, out: str | Path, height: int = 1024, width: int = 768, seed: int = 0
-) -> Path:
+    source, body_spec: str, views: int, out: str | Path, height: int = 1024, width: int = 768, seed: int = 0,
+    render: Render | None = None, licence: str = "unknown", workers: int | None = None,
+) -> Path:  # fmt: skip
     """Renders `views` pictures of each row of source, a sequence of (encoded texture, prompt) → out.
 
-    Raises UserError when a texture cannot be read, or when out holds a data set built with other settings.
+    workers: processes that render beside this one; None: one a core where the set is worth it, none on CUDA.
+    Raises UserError when out holds a data set built otherwise, when the disk is too small, or when nothing is left.
     """
-    out = Path(out)
+    out, render = Path(out), render or Render()
     kind, _, path = body_spec.partition(":")
     if path:  # the data set is read from anywhere
-        body_spec = f"{kind}:{Path(path).resolve()}"
-    info = {"body": body_spec, "textures": len(source), "views": views, "height": height, "width": width, "seed": seed}
+        body_spec = f"{kind}:" + ",".join(str(Path(part).resolve()) for part in path.split(","))
+    info = {
+        "body": body_spec, "textures": len(source), "views": views, "height": height, "width": width, "seed": seed,
+        "render": render.model_dump(), "licence": licence, "source": source.fingerprint(),
+    }  # fmt: skip
     if not len(source):
         raise UserError("there are no textures to build from")
-    body = load_body(body_spec)
+    load_rig(body_spec, render.poses)  # fails here, not in a worker; and builds Anny's cache once
     check_writable(out)
-    info_file = out / INFO_FILE
-    if info_file.exists():
-        _refuse_other_settings(info_file, info)
-        if json.loads(info_file.read_text())["complete"]:
+    if (out / INFO_FILE).exists():
+        if _check_same_settings(out / INFO_FILE, info)["complete"]:
             return out
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    body = body.to(device)
-    with tqdm(total=len(source) * views, desc="renders", unit="row") as progress:
-        for shard, start in enumerate(range(0, len(source), TEXTURES_PER_SHARD)):
-            texture_ids = range(start, min(start + TEXTURES_PER_SHARD, len(source)))
-            textures_file, renders_file = (
-                out / name / f"shard-{shard:05d}.parquet" for name in ("textures", "renders")
-            )
-            if renders_file.exists():  # written last, so both are whole
-                progress.update(len(texture_ids) * views)
-                continue
-            textures, renders = [], []
-            for texture_id in texture_ids:
-                encoded, prompt = source[texture_id]
-                image = open_image(encoded, f"texture {texture_id} ({prompt})")
-                texture = texture_pixels(image, max(image.size)).to(device)
-                sampled = [sample_view(seed, texture_id, view) for view in range(views)]
-                stored = {"texture": {"bytes": encoded, "path": None}, "prompt": prompt}
-                textures.append({"texture_id": texture_id, **stored})
-                for view, picture in enumerate(render_texture(body, texture, sampled, height, width)):
-                    jpeg = encode_image(image_from_pixels(picture), format="JPEG", quality=95, subsampling=0)
-                    stored = {"image": {"bytes": jpeg, "path": None}, **{key: sampled[view][key] for key in VIEW_KEYS}}
-                    renders.append({"texture_id": texture_id, "view": view, **stored})
-                progress.update(views)
-            _write_info(info_file, {**info, "complete": False})  # not before a first shard is sure
-            _write_parquet(textures, "texture", textures_file)
-            _write_parquet(renders, "image", renders_file)
-    write_whole(out / "README.md", DATA_CARD.format(**info).encode())
-    _write_info(info_file, {**info, "complete": True})
+    else:
+        _check_space(source, views, out, height, width)
+
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    count = -(-len(source) // TEXTURES_PER_SHARD)
+    waiting = [shard for shard in range(rank, count, world_size) if not _files(out, shard)[1].exists()]
+    if workers is None:
+        share = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        workers = 0 if device != "cpu" or len(waiting) * TEXTURES_PER_SHARD * views < 200 else share
+    task = partial(_build_texture, body_spec, render, views, height, width, seed, licence, device)
+    done = (count - len(waiting)) * TEXTURES_PER_SHARD * views
+    with (
+        _renderers(workers) as pool,
+        tqdm(total=len(source) * views, initial=min(done, len(source) * views), desc="renders", unit="row") as progress,
+    ):
+        for shard in waiting:
+            texture_ids = range(shard * TEXTURES_PER_SHARD, min((shard + 1) * TEXTURES_PER_SHARD, len(source)))
+            built = _in_turn(pool, task, source, texture_ids, ahead=2 * workers)
+            _write_shard(out, shard, built, progress, views)
+            if not (out / INFO_FILE).exists():  # not before a first shard is sure
+                _write_json(out / INFO_FILE, {**info, "complete": False})
+    if all(_files(out, shard)[1].exists() for shard in range(count)):
+        _finish(out, info, count)
     return out
 
 
-def _write_parquet(rows: list[dict], picture_column: str, file: Path) -> None:
-    features = datasets.Dataset.from_list(rows[:1]).features
-    features[picture_column] = datasets.Image()
-    buffer = io.BytesIO()
-    datasets.Dataset.from_list(rows, features=features).to_parquet(buffer)
-    write_whole(file, buffer.getvalue())
+def _files(out: Path, shard: int) -> tuple[Path, Path, Path]:
+    """A shard's textures, its renders (renamed last of the two, so that both are whole), and what it skipped."""
+    name = f"shard-{shard:05d}"
+    return out / "textures" / f"{name}.parquet", out / "renders" / f"{name}.parquet", out / f".skipped-{name}.json"
 
 
-def _write_info(file: Path, info: dict) -> None:
-    write_whole(file, (json.dumps(info) + "\n").encode())
+@contextmanager
+def _renderers(workers: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Processes of one thread each: as fast as the cores, and each picture's bytes depend on nothing around it."""
+    if workers:
+        with ProcessPoolExecutor(
+            workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
+            yield pool
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield None
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _refuse_other_settings(file: Path, info: dict) -> None:
-    """Raises UserError when the data set that `file` describes was built with other settings than info."""
+def _in_turn(pool, task, source, texture_ids, ahead: int) -> Iterator:
+    """task(...) for each texture in order; with a pool, no more than `ahead` are read before they are wanted."""
+    running: deque = deque()
+    for texture_id in texture_ids:
+        arguments = (texture_id, *source[texture_id], source.name(texture_id))
+        if pool is None:
+            yield task(*arguments)
+            continue
+        running.append(pool.submit(task, *arguments))
+        if len(running) > ahead:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
+
+
+def _build_texture(
+    body_spec, render, views, height, width, seed, licence, device, texture_id, encoded, prompt, name
+) -> tuple[dict, list[dict]] | dict:
+    """A texture's row and its renders' rows; or what is wrong with it."""
+    rig = load_rig(body_spec, render.poses)
+    try:
+        image = open_image(encoded, name)
+    except UserError as error:
+        return {"texture_id": texture_id, "name": name, "reason": str(error)}
+    texture = texture_pixels(image, min(max(image.size), 4096)).to(device)
+    row = {"texture_id": texture_id, "texture": {"bytes": encoded, "path": None}, "prompt": prompt, "licence": licence}
+    renders = [
+        {
+            "texture_id": texture_id, "view": view, "licence": licence, **sampled,
+            "image": {"bytes": encode_image(image_from_pixels(picture), **JPEG), "path": None},
+        }
+        for view, (picture, sampled) in enumerate(
+            render_texture(rig, texture, render, seed, texture_id, list(range(views)), height, width)
+        )
+    ]  # fmt: skip
+    return row, renders
+
+
+def _write_shard(out: Path, shard: int, built, progress: tqdm, views: int) -> None:
+    textures_file, renders_file, skipped_file = _files(out, shard)
+    textures, renders = _ParquetWriter(textures_file, TEXTURE_FEATURES), _ParquetWriter(renders_file, RENDER_FEATURES)
+    skipped = []
+    try:
+        for result in built:
+            if isinstance(result, dict):
+                skipped.append(result)
+                progress.write(f"skipped: {result['reason']}")
+            else:
+                textures.add([result[0]])
+                renders.add(result[1])
+            progress.update(views)
+        textures.close()
+        renders.close()
+        if skipped:
+            _write_json(skipped_file, skipped)
+        textures.publish()
+        renders.publish()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {out}: {reason(error)}; make room or choose another place: the same command goes on"
+        ) from None
+    finally:
+        textures.discard()
+        renders.discard()
+
+
+class _ParquetWriter:
+    """Rows → a parquet file that `datasets` reads with its features; under a temporary name until `publish`."""
+
+    def __init__(self, file: Path, features: datasets.Features):
+        self.file, self.features, self.rows = file, features, []
+        self.partial = file.with_name(f".{file.name}.partial")
+        check_writable(file.parent)
+        self.writer = pyarrow.parquet.ParquetWriter(self.partial, features.arrow_schema)
+
+    def add(self, rows: list[dict]) -> None:
+        self.rows += rows
+        if len(self.rows) >= ROWS_PER_GROUP:
+            self._write_rows()
+
+    def _write_rows(self) -> None:
+        columns = {name: [row[name] for row in self.rows] for name in self.features}
+        self.writer.write_table(pyarrow.Table.from_pydict(columns, schema=self.features.arrow_schema))
+        self.rows = []
+
+    def close(self) -> None:
+        if self.rows:
+            self._write_rows()
+        self.writer.close()
+
+    def publish(self) -> None:
+        os.replace(self.partial, self.file)
+
+    def discard(self) -> None:
+        """Removes what was not published."""
+        with suppress(OSError):
+            self.writer.close()
+        self.partial.unlink(missing_ok=True)
+
+
+def _check_space(source, views: int, out: Path, height: int, width: int) -> None:
+    """Prints what the data set will take. Raises UserError when the disk has less."""
+    sample = range(0, len(source), max(1, len(source) // 8))
+    a_texture = sum(len(source[index][0]) for index in sample) / len(sample)
+    needed = len(source) * (a_texture + views * height * width * JPEG_BYTES)
+    free = shutil.disk_usage(out).free
+    print(f"{out} will take about {needed / 1e9:.2f} GB; {free / 1e9:.2f} GB are free")
+    if needed > free:
+        raise UserError(
+            f"{out} needs about {needed / 1e9:.2f} GB but {free / 1e9:.2f} GB are free; choose another disk"
+        )
+
+
+def _finish(out: Path, info: dict, shards: int) -> None:
+    skipped = []
+    for shard in range(shards):
+        file = _files(out, shard)[2]
+        if file.exists():
+            skipped += json.loads(file.read_text())
+    _write_json(out / "skipped.json", skipped)
+    if len(skipped) == info["textures"]:
+        raise UserError(f"no texture could be read; the first: {skipped[0]['reason']}")
+    write_whole(out / "README.md", DATA_CARD.format(**info).encode())
+    _write_json(out / INFO_FILE, {**info, "complete": True})
+
+
+def _write_json(file: Path, content) -> None:
+    write_whole(file, (json.dumps(content) + "\n").encode())
+
+
+def _check_same_settings(file: Path, info: dict) -> dict:
+    """What `file` holds. Raises UserError when that data set was built with other settings than info."""
     try:
         earlier = json.loads(file.read_text())
         changed = [key for key in info if earlier[key] != info[key]]
@@ -153,6 +289,35 @@ def _refuse_other_settings(file: Path, info: dict) -> None:
         raise UserError(f"cannot read {file} ({reason(error)}); choose another --out or delete that folder") from None
     if changed:
         key = changed[0]
-        raise UserError(
-            f"{file.parent} was built with {key} {earlier[key]}, not {info[key]}; choose another --out or delete it"
-        )
+        was, now = (json.dumps(part[key]) for part in (earlier, info))
+        what = "other textures or prompts" if key == "source" else f"{key} {was}, not {now}"
+        raise UserError(f"{file.parent} was built with {what}; choose another --out or delete it")
+    return earlier
+
+
+def verify_dataset(root: str | Path) -> dict[str, int]:
+    """Decodes every picture of a finished data set → rows of each table. Raises UserError naming what is damaged."""
+    root = Path(root)
+    try:
+        info = json.loads((root / INFO_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"no data set in {root} ({reason(error)})") from None
+    counts = {}
+    for table, column in (("textures", "texture"), ("renders", "image")):
+        counts[table] = 0
+        files = sorted((root / table).glob("*.parquet"))
+        for file in tqdm(files, table, unit="shard"):
+            try:
+                for batch in pyarrow.parquet.ParquetFile(file).iter_batches(ROWS_PER_GROUP, columns=[column]):
+                    for picture in batch.column(column).to_pylist():
+                        open_image(picture["bytes"], f"row {counts[table]}")
+                        counts[table] += 1
+            except (OSError, pyarrow.ArrowException, UserError) as error:
+                raise UserError(
+                    f"{file} is damaged ({reason(error)}); delete it and the same shard's other file, then build again"
+                ) from None
+    skipped = len(json.loads((root / "skipped.json").read_text())) if (root / "skipped.json").exists() else 0
+    expected = info["textures"] - skipped
+    if not info["complete"] or counts != {"textures": expected, "renders": expected * info["views"]}:
+        raise UserError(f"{root} is not finished: {counts}; run its build command again")
+    return counts

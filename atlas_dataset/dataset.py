@@ -1,6 +1,8 @@
 """Textures to build from (`HuggingFaceATLAS`, `ProceduralTextures`) and renders to train on (`ATLASLarge`)."""
 
+import hashlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
@@ -9,12 +11,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from atlas_dataset.procedural import paint_texture, sample_outfit
+from atlas_dataset.views import render_texture
+from configuration import Render
 from errors import UserError, reason
-from images import encode_image, image_from_pixels, open_image, prepare_image, texture_pixels
+from images import PICTURE_SUFFIXES, encode_image, image_from_pixels, open_image, prepare_image, texture_pixels
+from render.rigs import load_rig
 
 INFO_FILE = "atlas_large.json"
 TEXTURES_KEPT = 32
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def fingerprint(*parts) -> str:
+    """A short hash of what a source is made of."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -73,6 +82,23 @@ class HuggingFaceATLAS(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def limit(self, count: int | None) -> None:
+        """Keeps the first `count` rows; None keeps all."""
+        if count is not None and count < len(self):
+            self.rows = self.rows[:count] if isinstance(self.rows, list) else self.rows.select(range(count))
+
+    def fingerprint(self) -> str:
+        """Changes with the prompts, and with the names and sizes of the files or the table they are in."""
+        if isinstance(self.rows, list):
+            rows = [(path.name, path.stat().st_size) for path in self.rows]
+        else:
+            rows = (self.rows.num_rows, self.rows.info.dataset_size, self.rows.info.size_in_bytes)
+        return fingerprint(rows, self.prompts[: len(self)])
+
+    def name(self, index: int) -> str:
+        """What a row's texture is called in messages."""
+        return str(self.rows[index]) if isinstance(self.rows, list) else f"texture {index} ({self.prompts[index]})"
+
     def __getitem__(self, index: int) -> tuple[bytes, str]:
         if isinstance(self.rows, list):
             return self.rows[index].read_bytes(), self.prompts[index]
@@ -89,6 +115,15 @@ class ProceduralTextures(Dataset):
     def __len__(self) -> int:
         return self.count
 
+    def limit(self, count: int | None) -> None:
+        self.count = min(self.count, count or self.count)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.count, self.size, self.seed, self.held_out)
+
+    def name(self, index: int) -> str:
+        return f"procedural texture {index}"
+
     def __getitem__(self, index: int) -> tuple[bytes, str]:
         outfit = sample_outfit(np.random.default_rng([self.seed, index, self.held_out]), self.held_out)
         texture = paint_texture(outfit, self.seed * 1_000_003 + index, self.size)
@@ -104,12 +139,14 @@ class ATLASLarge(Dataset):
     body is the spec of the mesh whose UV layout the textures have; None where the layout does not say.
 
     A row: texture (3, resolution, resolution) in [-1, 1], filled outside the islands; texture_id; prompt; and but for
-    t2uv image (3, image_size, image_size) in [-1, 1], padded to a square.
+    t2uv image (3, image_size, image_size) in [-1, 1], padded to a square. Rows 0 .. len - 1 come again and again as
+    rows len .. 2 len - 1 and so on: the same, but for renders that are made anew (see `render_online`).
     """
 
     def __init__(
         self, root: str | Path, task: str, resolution: int, image_size: int = 224, cache_dir: str | None = None
     ):
+        self.fresh_render: Callable[[int, int], Tensor] | None = None
         if task not in ("t2uv", "i2uv", "joint"):
             raise ValueError(f"unknown task {task!r}")
         self.task, self.resolution, self.image_size = task, resolution, image_size
@@ -147,7 +184,7 @@ class ATLASLarge(Dataset):
 
         self.textures = table("textures").cast_column("texture", datasets.Image(decode=False))
         self.renders = None
-        if self.task != "t2uv":
+        if self.task != "t2uv" and info["views"]:
             self.renders = table("renders").cast_column("image", datasets.Image(decode=False))
             position = {texture_id: row for row, texture_id in enumerate(self.textures["texture_id"])}
             self.texture_rows = [position[texture_id] for texture_id in self.renders["texture_id"]]
@@ -164,15 +201,38 @@ class ATLASLarge(Dataset):
         self.texture_rows = range(len(rows))
         self.body = None
 
+    def render_online(self, render: Render, body: str, views_per_texture: int, seed: int) -> None:
+        """From now on `views_per_texture` rows a texture, whose renders are made when they are read: no two epochs
+        show the same. Stored renders are not read.
+        """
+        rig, width = load_rig(body, render.poses), self.image_size * 3 // 4
+        self.renders, self.texture_rows = (
+            None,
+            [row for row in range(len(self.textures)) for _ in range(views_per_texture)],
+        )
+
+        def fresh_render(texture_row: int, number: int) -> Tensor:
+            texture, size = self._texture(texture_row), (self.image_size, width)
+            picture, _ = render_texture(rig, texture, render, seed, texture_row, [number], *size)[0]
+            return prepare_image(image_from_pixels(picture), self.image_size)
+
+        self.fresh_render = fresh_render
+
     def __len__(self) -> int:
-        return len(self.textures if self.renders is None else self.renders)
+        return len(self.textures) if self.renders is None and self.fresh_render is None else len(self.texture_rows)
+
+    def __iter__(self) -> Iterator[dict]:
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> dict:
-        texture_row = index if self.renders is None else self.texture_rows[index]
+        number, index = index, index % len(self)
+        texture_row = index if self.renders is None and self.fresh_render is None else self.texture_rows[index]
         row = {"texture": self._texture(texture_row), "prompt": self.prompts[texture_row], "texture_id": texture_row}
         if self.renders is not None:
-            image = self._open(self.renders[index]["image"], f"image of row {index}")
+            image = self._open(self.renders[index]["image"], f"image of row {index}", self.image_size)
             row["image"] = prepare_image(image, self.image_size)
+        elif self.fresh_render:
+            row["image"] = self.fresh_render(texture_row, number)
         return row
 
     def _texture(self, row: int) -> Tensor:
@@ -185,5 +245,5 @@ class ATLASLarge(Dataset):
         return self.decoded[row]
 
     @staticmethod
-    def _open(picture: dict, name: str):
-        return open_image(picture["bytes"] or picture["path"], name)
+    def _open(picture: dict, name: str, size: int | None = None):
+        return open_image(picture["bytes"] or picture["path"], name, size)

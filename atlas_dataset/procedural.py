@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from render.utils import interpolate, load_anny, load_anny_body, rasterize_uv, vertex_normals
+from render.bodies import load_anny, load_anny_body
+from render.utils import interpolate, rasterize_uv, vertex_normals
 
 ETHNICITIES = {
     "white": (226, 178, 150), "Asian": (222, 182, 136), "African American": (98, 62, 43),
@@ -103,15 +104,15 @@ def body_maps(size: int) -> BodyMaps:
     model, body = load_anny(), load_anny_body()
     fragments = rasterize_uv(body, size)
     mask = fragments.mask[0]
-    position = interpolate(fragments, body.faces, body.vertices)[0][mask]
-    normal = interpolate(fragments, body.faces, vertex_normals(body.vertices, body.faces))[0][mask]
+    position = interpolate(fragments, body.faces, body.vertices)
+    normal = interpolate(fragments, body.faces, vertex_normals(body.vertices, body.faces))
     weights = model.vertex_bone_weights.float()
     strongest = model.vertex_bone_indices.gather(1, weights.argmax(1, keepdim=True))[:, 0]
 
     def part(*names: str) -> np.ndarray:
         """Texels that follow the bones whose label starts with one of names."""
         bones = torch.tensor([label.startswith(names) for label in model.bone_labels])
-        return interpolate(fragments, body.faces, bones[strongest].float()[:, None])[0][mask][:, 0].numpy() > 0.5
+        return interpolate(fragments, body.faces, bones[strongest].float()[:, None])[:, 0].numpy() > 0.5
 
     x, y, z = position.abs()[:, 0], position[:, 1], position[:, 2]
     shoulder, elbow, wrist = (

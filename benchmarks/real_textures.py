@@ -22,17 +22,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from atlas_dataset.building import build_dataset, render_texture, sample_view
+from atlas_dataset.building import build_dataset
 from atlas_dataset.dataset import HuggingFaceATLAS
+from atlas_dataset.views import render_texture
 from checkpoints import load_checkpoint
-from configuration import DEFAULT_CONFIG, dotted_overrides, load_config
+from configuration import DEFAULT_CONFIG, Render, dotted_overrides, load_config
 from diffusion import autocast, resolve_precision
 from errors import exit_on_user_error
 from generation import condition, generate
 from images import image_from_pixels, open_image, texture_pixels
-from render.utils import load_body, uv_mask
+from render.rigs import load_rig
+from render.utils import uv_mask
 from training import train
 
+PLAIN = {"plain": 1, "gradient": 0, "noise": 0}  # and white light: some of the textures differ in a shade of gray
 VIEWS, HEIGHT, WIDTH, SIDE, SEED = 40, 256, 192, 64, 0
 
 
@@ -57,29 +60,29 @@ def main():
     with exit_on_user_error():
         body_spec = f"obj:{args.folder / 'smpl_uv.obj'}"
         source = HuggingFaceATLAS(str(args.folder / "real_textures"), args.folder / "real_textures" / "prompts.txt")
-        dataset = build_dataset(source, body_spec, VIEWS, work / "data", HEIGHT, WIDTH, SEED)
+        render = Render(full_body=1, fill=[0.9, 0.95], tint=0, environment=0, backgrounds=PLAIN)
+        dataset = build_dataset(source, body_spec, VIEWS, work / "data", HEIGHT, WIDTH, SEED, render)
         cfg = load_config(DEFAULT_CONFIG, [
             f"data.dataset={dataset}", f"data.body={body_spec}", f"data.cache_dir={work / 'cache'}",
             f"output.out_dir={work / 'checkpoints'}", f"output.log_dir={work / 'logs'}", "output.sample_every=1000000",
             "output.save_every=1000000", f"training.seed={SEED}", f"training.joint.max_steps={args.steps}",
             "training.joint.batch_size=7", "training.joint.effective_batch_size=7",
             "training.joint.learning_rate=3e-3", "training.joint.aligner_learning_rate=5e-4",
-            "training.joint.gamma=0.5",
+            "training.joint.gamma=2",
             *dotted_overrides(unknown),
         ])  # fmt: skip
         trained = load_checkpoint(train(cfg, "joint"))
         device = trained.base.device
-        body = load_body(body_spec)
+        rig = load_rig(body_spec)
         textures = [open_image(encoded) for encoded, _ in (source[row] for row in range(len(source)))]
         real = torch.stack([texture_pixels(texture, SIDE) for texture in textures])
-        mask = uv_mask(body, SIDE)
+        mask = uv_mask(rig.body, SIDE)
         prompts = source.prompts[: len(source)]
-        views = [
-            image_from_pixels(
-                render_texture(body, texture_pixels(texture, 1024), [sample_view(SEED, row, VIEWS)], HEIGHT, WIDTH)[0]
-            )
-            for row, texture in enumerate(textures)
-        ]
+        views = []
+        for row, texture in enumerate(textures):
+            pixels = texture_pixels(texture, 1024)
+            picture, _ = render_texture(rig, pixels, render, SEED, row, [VIEWS], HEIGHT, WIDTH)[0]  # the next view
+            views.append(image_from_pixels(picture))
         generated = {}
         with torch.no_grad(), autocast(device, resolve_precision(cfg.training.mixed_precision, device)):
             for name, states in (

@@ -1,40 +1,90 @@
-"""Writes a turntable GIF of a textured body.
+"""Writes turntables and contact sheets of a textured body.
 
 python render/render_turntable.py --texture outputs/texture.png --body anny --out turntable.gif
+python render/render_turntable.py --texture outputs --format sheet --pose walking --out sheets
 """
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
+from PIL import ImageColor
+
 from errors import UserError, exit_on_user_error
-from images import open_image, texture_pixels
-from render.turntable import save_gif, turntable_frames
-from render.utils import load_body
+from files import write_whole
+from images import PICTURE_SUFFIXES, encode_image, open_image, texture_pixels
+from render.rigs import load_rig
+from render.turntable import SUFFIXES, contact_sheet, save_turntable, turntable_frames
+
+FORMATS = {"gif": ".gif", "webp": ".webp", "mp4": ".mp4", "frames": "", "sheet": ".png"}
+
+
+def jobs(texture: Path, out: Path, chosen: str | None) -> list[tuple[Path, Path]]:
+    """(texture, file or folder to write) for one texture, or for each in a folder.
+
+    Raises UserError when there is none, or when --out's suffix is not the format's.
+    """
+    if not texture.is_dir():
+        if chosen and FORMATS[chosen] != out.suffix.lower():
+            raise UserError(f"--out {out}: --format {chosen} is written to {FORMATS[chosen] or 'a folder'}")
+        if out.suffix.lower() not in SUFFIXES:
+            raise UserError(f"--out {out}: write .gif, .webp, .mp4, .png (a contact sheet), or a folder (frames)")
+        return [(texture, out)]
+    found = sorted(path for path in texture.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+    if not found:
+        raise UserError(f"no pictures in {texture}")
+    return [(path, out / (path.stem + FORMATS[chosen or "gif"])) for path in found]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texture", required=True, help="square picture in the body's UV layout")
-    parser.add_argument("--body", default="anny", help="anny or obj:PATH (default: %(default)s)")
-    parser.add_argument("--out", required=True, help="GIF to write")
+    parser.add_argument(
+        "--texture", required=True, type=Path, help="picture in the body's UV layout, or a folder of them"
+    )
+    parser.add_argument(
+        "--body", default="anny", help="anny, obj:PATH, smpl:PATH, smplh:PATH or smplx:PATH (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path,
+        help="file to write: .gif, .webp, .mp4, or .png for a contact sheet; a folder for frames or for many textures",
+    )  # fmt: skip
+    parser.add_argument("--format", choices=FORMATS, help="for a folder of textures (default: gif)")
+    parser.add_argument(
+        "--pose",
+        default="rest",
+        help="rest; standing, walking, reaching, sitting, 'arms out' (anny); an AMASS file (smpl)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the pose")
     parser.add_argument("--frames", type=int, default=36)
-    parser.add_argument("--height", type=int, default=512)
-    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--size", default="512x384", help="height x width in pixels (default: %(default)s)")
+    parser.add_argument("--background", default="#edf0f5", help="colour, as in CSS (default: %(default)s)")
     args = parser.parse_args()
 
     with exit_on_user_error():
-        if Path(args.out).suffix.lower() != ".gif":
-            raise UserError(f"--out {args.out}: a turntable is a .gif")
-        if min(args.frames, args.height, args.width) < 1:
-            raise UserError("--frames, --height and --width must be 1 or more")
-        image = open_image(args.texture)
-        body = load_body(args.body)
-        texture = (texture_pixels(image, max(image.size)) + 1) / 2
-        save_gif(turntable_frames(body, texture, args.frames, args.height, args.width), args.out)
-        print(args.out)
+        try:
+            height, width = (int(side) for side in args.size.lower().split("x"))
+            background = tuple(channel / 255 for channel in ImageColor.getrgb(args.background)[:3])
+        except ValueError:
+            raise UserError(
+                f"--size {args.size} --background {args.background}: write --size 512x384 and a colour such as white"
+            ) from None
+        if min(args.frames, height, width) < 1 or args.seed < 0:
+            raise UserError("--frames and --size must be 1 or more, --seed 0 or more")
+        work = jobs(args.texture, args.out, args.format)
+        rig = load_rig(args.body)
+        body = replace(rig.body, vertices=rig.vertices([rig.named_pose(args.pose, args.seed)])[0])
+        options = dict(height=height, width=width, background=background)
+        for source, target in work:
+            image = open_image(source)
+            texture = (texture_pixels(image, max(image.size)) + 1) / 2
+            if target.suffix.lower() == ".png":
+                write_whole(target, encode_image(contact_sheet(body, texture, **options), format="PNG"))
+            else:
+                save_turntable(turntable_frames(body, texture, args.frames, **options), target)
+            print(target)
 
 
 if __name__ == "__main__":

@@ -1,42 +1,101 @@
-"""A body seen from all round, frame by frame, and its GIF."""
+"""A body seen from all round: frames, contact sheets, and the files they are written to."""
 
-import io
+import os
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from files import write_whole
-from render.utils import Body, orbit_cameras, render_views
+from errors import UserError, reason
+from files import check_writable, write_whole
+from images import encode_image
+from render.bodies import Body
+from render.utils import orbit_cameras, render_views
+
+BACKGROUND = (0.93, 0.94, 0.96)
+SHEET_VIEWS = {"front": 0.0, "left": 90.0, "back": 180.0, "right": 270.0}
+SUFFIXES = (".gif", ".webp", ".mp4", ".png", "")
 
 
-def turntable_frames(
-    body: Body, texture: Tensor, frames: int = 36, height: int = 512, width: int = 384
-) -> list[Tensor]:
-    """texture: (3, S, S) in [0, 1], filled outside the islands → `frames` pictures (3, height, width) in [0, 1]."""
+def orbit_frames(
+    body: Body, texture: Tensor, azimuth: Tensor, height: int = 512, width: int = 384,
+    background: tuple[float, float, float] = BACKGROUND,
+) -> list[Tensor]:  # fmt: skip
+    """texture: (3, S, S) in [0, 1], filled outside the islands; azimuth: (N,) degrees → N pictures (3, height, width)
+    in [0, 1]. body: as it is posed."""
     pictures = []
-    for azimuth in torch.linspace(0, 360, frames + 1)[:-1].split(4):  # four at a time bounds the memory
+    for part in azimuth.split(4):  # four at a time bounds the memory
         cameras = orbit_cameras(
-            body,
-            azimuth,
-            torch.full_like(azimuth, 6.0),
-            torch.full_like(azimuth, 28.0),
-            fill=0.94,
-            aspect=width / height,
+            body, part, torch.full_like(part, 6.0), torch.full_like(part, 28.0), fill=0.94, aspect=width / height
         )
-        background = torch.tensor([[0.93, 0.94, 0.96]]).expand(len(azimuth), -1)
-        pictures.extend(render_views(body, texture[None], cameras, height, width, background=background))
+        pictures.extend(
+            render_views(body, texture[None], cameras, height, width, background=torch.tensor([background]))
+        )
     return pictures
 
 
-def save_gif(frames: list[Tensor], path: str | Path, seconds: float = 3.6) -> None:
-    """Frames (3, H, W) in [0, 1] → a GIF that repeats, its colours chosen over all frames. Whole or not written."""
-    pictures = [Image.fromarray((frame.permute(1, 2, 0) * 255).round().byte().cpu().numpy()) for frame in frames]
-    stacked = torch.cat([frame for frame in frames[:: max(1, len(frames) // 8)]], dim=-1)
-    palette = Image.fromarray((stacked.permute(1, 2, 0) * 255).round().byte().cpu().numpy()).quantize(256)
-    pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
-    buffer = io.BytesIO()
-    duration = round(1000 * seconds / len(pictures))
-    pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
-    write_whole(path, buffer.getvalue())
+def turntable_frames(body: Body, texture: Tensor, frames: int = 36, **options) -> list[Tensor]:
+    """One turn in `frames` pictures; options as of `orbit_frames`."""
+    return orbit_frames(body, texture, torch.linspace(0, 360, frames + 1)[:-1], **options)
+
+
+def contact_sheet(body: Body, texture: Tensor, **options) -> Image.Image:
+    """Front, left, back and right side by side; options as of `orbit_frames`."""
+    return _image(torch.cat(orbit_frames(body, texture, torch.tensor([*SHEET_VIEWS.values()]), **options), dim=-1))
+
+
+def save_turntable(frames: list[Tensor], path: str | Path, seconds: float = 3.6) -> None:
+    """Frames (3, H, W) in [0, 1] → an animation that repeats, by the path's suffix: .gif, .webp, .mp4, or a folder of
+    PNG files where there is none. Whole or not written; raises UserError for another suffix."""
+    path = Path(path)
+    suffix, pictures = path.suffix.lower(), [_image(frame) for frame in frames]
+    animation = dict(save_all=True, append_images=pictures[1:], duration=round(1000 * seconds / len(frames)), loop=0)
+    if suffix == ".gif":
+        pictures = _with_one_palette(pictures)
+        animation["append_images"] = pictures[1:]
+        write_whole(path, encode_image(pictures[0], format="GIF", **animation))
+    elif suffix == ".webp":
+        write_whole(path, encode_image(pictures[0], format="WEBP", quality=85, method=4, **animation))
+    elif suffix == ".mp4":
+        _save_mp4(frames, path, seconds)
+    elif not suffix:
+        check_writable(path)
+        for index, picture in enumerate(pictures):
+            write_whole(path / f"{index:04d}.png", encode_image(picture, format="PNG"))
+    else:
+        raise UserError(f"{path}: a turntable is a .gif, .webp or .mp4 file, or a folder of frames")
+
+
+def _with_one_palette(pictures: list[Image.Image]) -> list[Image.Image]:
+    """256 colours chosen over all frames, so that none flickers."""
+    some = pictures[:: max(1, len(pictures) // 8)]
+    strip = Image.new("RGB", (some[0].width * len(some), some[0].height))
+    for index, picture in enumerate(some):
+        strip.paste(picture, (index * picture.width, 0))
+    palette = strip.quantize(256)
+    return [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+
+
+def _save_mp4(frames: list[Tensor], path: Path, seconds: float) -> None:
+    try:
+        import imageio.v2 as imageio
+        import imageio_ffmpeg  # noqa: F401  its absence is only found when writing
+    except ImportError:
+        raise UserError(
+            "MP4 needs imageio-ffmpeg: pip install imageio imageio-ffmpeg; or write a .gif or .webp"
+        ) from None
+    check_writable(path.parent)
+    partial = path.with_name(f".{path.stem}.partial.mp4")
+    try:
+        with imageio.get_writer(partial, fps=len(frames) / seconds, quality=8, macro_block_size=2) as writer:
+            for frame in frames:
+                writer.append_data((frame.permute(1, 2, 0) * 255).round().byte().cpu().numpy())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {reason(error)}") from None
+
+
+def _image(frame: Tensor) -> Image.Image:
+    return Image.fromarray((frame.permute(1, 2, 0) * 255).round().byte().cpu().numpy())

@@ -1,4 +1,4 @@
-"""Bodies, cameras and a plain PyTorch rasteriser.
+"""Cameras, a plain PyTorch rasteriser, lights and shading.
 
 Axes: the world is in metres, y up, a body looks along +z. Cameras follow OpenCV (x right, y down,
 z forward). Pixel (row 0, column 0) covers [0, 1) x [0, 1), so its centre is (0.5, 0.5).
@@ -7,36 +7,17 @@ UV coordinates are in [0, 1] with v up: texel row 0 of a texture is v = 1.
 
 import functools
 import math
-import warnings
-from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errors import UserError, reason
+from render.bodies import Body
+from render.rigs import load_body  # noqa: F401  offered here
 
 NEAR = 0.05  # metres; triangles that reach nearer than this to the camera are not drawn
-MAX_CANDIDATES = 30_000_000  # (triangle, pixel) pairs tested at once, about 2 GB
-
-
-@dataclass(frozen=True)
-class Body:
-    """A triangle mesh with texture coordinates.
-
-    vertices: (V, 3) float32 metres. faces: (F, 3) int64 into vertices.
-    uvs: (T, 2) float32 in [0, 1]. uv_faces: (F, 3) int64 into uvs, the corners in the order of faces.
-    """
-
-    vertices: Tensor
-    faces: Tensor
-    uvs: Tensor
-    uv_faces: Tensor
-
-    def to(self, device) -> "Body":
-        return Body(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+MAX_CANDIDATES = 30_000_000  # (triangle, pixel) pairs tested at once, about 1 GB
 
 
 @dataclass(frozen=True)
@@ -46,6 +27,9 @@ class Cameras:
     rotation: Tensor
     translation: Tensor
     focal: Tensor
+
+    def to(self, device) -> "Cameras":
+        return Cameras(self.rotation.to(device), self.translation.to(device), self.focal.to(device))
 
     def project(self, vertices: Tensor, height: int, width: int) -> Tensor:
         """vertices: (V, 3) or (N, V, 3) world → (N, V, 3): pixel x, pixel y, depth in metres."""
@@ -58,100 +42,38 @@ class Cameras:
 
 @dataclass(frozen=True)
 class Fragments:
-    """What each pixel of N pictures sees.
+    """What the pixels of N pictures see: K of the N * H * W pixels see a triangle.
 
-    face_index: (N, H, W) int64, -1 where nothing is. barycentrics: (N, H, W, 3), perspective-correct, sum 1.
-    depth: (N, H, W) metres, infinite where nothing is.
+    pixel: (K,) int64, ascending, (view * H + row) * W + column. face: (K,) int64. area: (K,) of the triangle in
+    pixels. The rest of a picture's pixels see nothing. barycentrics: (K, 3), perspective-correct, sum 1. depth: (K,)
+    metres. `face_index` (N, H, W), -1 where nothing is, and `mask` (N, H, W) hold a place for every pixel.
     """
 
-    face_index: Tensor
+    shape: tuple[int, int, int]
+    pixel: Tensor
+    face: Tensor
     barycentrics: Tensor
     depth: Tensor
+    area: Tensor
+
+    def dense(self, values: Tensor, empty: float = 0) -> Tensor:
+        """(K, ...) → (N, H, W, ...), `empty` where nothing is."""
+        out = values.new_full((math.prod(self.shape), *values.shape[1:]), empty)
+        out[self.pixel] = values
+        return out.view(*self.shape, *values.shape[1:])
 
     @property
+    def view(self) -> Tensor:
+        """(K,) the picture that each pixel is in."""
+        return torch.div(self.pixel, self.shape[1] * self.shape[2], rounding_mode="floor")
+
+    @functools.cached_property
+    def face_index(self) -> Tensor:
+        return self.dense(self.face, -1)
+
+    @functools.cached_property
     def mask(self) -> Tensor:
         return self.face_index >= 0
-
-
-def load_body(spec: str) -> Body:
-    """Body from a spec: "anny" (the free embedded body) or "obj:PATH" (any mesh with UVs, y up).
-
-    Raises UserError when the spec is unknown, the file is missing, or the mesh cannot carry a texture.
-    """
-    kind, _, path = spec.partition(":")
-    if spec == "anny":
-        return load_anny_body()
-    if kind == "obj" and path:
-        return read_obj(path)
-    raise UserError(f"unknown body {spec!r}: use 'anny' or 'obj:PATH'")
-
-
-@functools.lru_cache(maxsize=1)
-def load_anny():
-    """The Anny body model (Apache-2.0, assets CC0), which ships its data inside the wheel."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import anny
-
-        return anny.Anny(skinning_method="lbs").eval()
-
-
-@functools.lru_cache(maxsize=32)
-def load_anny_body(**phenotype: float) -> Body:
-    """Anny in its rest pose, feet at y = 0. phenotype: gender, age, weight, ... each in [0, 1]."""
-    model = load_anny()
-    with torch.no_grad():
-        vertices = model(phenotype_kwargs=phenotype)["vertices"][0].float()
-    x, y, z = vertices.unbind(-1)
-    vertices = torch.stack([x, z, -y], dim=-1)  # Anny has z up and looks along -y
-    vertices[:, 1] -= vertices[:, 1].min()
-    return Body(
-        vertices,
-        model.faces.long(),
-        model.texture_coordinates.float(),
-        model.face_texture_coordinate_indices.long(),
-    )
-
-
-def read_obj(path: str) -> Body:
-    """Wavefront OBJ with texture coordinates; polygons become triangle fans.
-
-    Read here and not by a mesh library because those split vertices along UV seams, which breaks smooth
-    normals and hides which texels face each other across a seam.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read mesh {path}: {reason(error)}; give the path of an .obj file") from None
-    vertices, uvs, faces, uv_faces = [], [], [], []
-    for number, line in enumerate(lines, 1):
-        kind, *fields = line.split() or [""]
-        try:
-            if kind == "v":
-                vertices.append([float(field) for field in fields[:3]])
-            elif kind == "vt":
-                uvs.append([float(field) for field in fields[:2]])
-            elif kind == "f":
-                corners = [[int(index) for index in field.split("/")[:2]] for field in fields]
-                if any(len(corner) < 2 for corner in corners):
-                    raise ValueError("a face has no texture coordinates")
-                for a, b in pairwise(corners[1:]):
-                    triangle = [corners[0], a, b]
-                    faces.append([v - 1 if v > 0 else len(vertices) + v for v, _ in triangle])
-                    uv_faces.append([t - 1 if t > 0 else len(uvs) + t for _, t in triangle])
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}; give an OBJ mesh with UVs (v, vt and f a/b)") from None
-    if not faces:
-        raise UserError(f"{path} holds no faces; give an OBJ mesh with UVs (v, vt and f a/b)")
-    if any(len(row) != 3 for row in vertices) or any(len(row) != 2 for row in uvs):
-        raise UserError(f"{path} has a vertex without 3 or a texture coordinate without 2 numbers")
-    body = Body(torch.tensor(vertices), torch.tensor(faces), torch.tensor(uvs), torch.tensor(uv_faces))
-    for indices, points, name in ((body.faces, body.vertices, "vertex"), (body.uv_faces, body.uvs, "UV")):
-        if indices.min() < 0 or indices.max() >= len(points):
-            raise UserError(f"{path} has a face whose {name} index is outside the {len(points)} in the file")
-        if not points.isfinite().all():
-            raise UserError(f"{path} has a {name} that is not a finite number")
-    return body
 
 
 def look_at(eye: Tensor, target: Tensor, fov_degrees: Tensor) -> Cameras:
@@ -162,6 +84,12 @@ def look_at(eye: Tensor, target: Tensor, fov_degrees: Tensor) -> Cameras:
     rotation = torch.stack([right, down, forward], dim=1)
     translation = -(rotation @ eye[..., None])[..., 0]
     return Cameras(rotation, translation, 0.5 / torch.tan(torch.deg2rad(fov_degrees) / 2))
+
+
+def orbit_direction(azimuth: Tensor, elevation: Tensor) -> Tensor:
+    """Degrees (N,) → unit vectors (N, 3) from a body towards the camera; azimuth 0 is in front, 90 on its left."""
+    azimuth, elevation = torch.deg2rad(azimuth), torch.deg2rad(elevation)
+    return torch.stack([azimuth.sin() * elevation.cos(), elevation.sin(), azimuth.cos() * elevation.cos()], dim=-1)
 
 
 def orbit_cameras(
@@ -176,17 +104,19 @@ def orbit_cameras(
     radius = (body.vertices - centre)[:, [0, 2]].norm(dim=-1).amax()
     half_extent = torch.maximum((high - low)[1] / 2, radius / aspect)
     distance = half_extent / (torch.tan(torch.deg2rad(fov_degrees) / 2) * fill) + (high - low)[2] / 2
-    azimuth, elevation = torch.deg2rad(azimuth), torch.deg2rad(elevation)
-    direction = torch.stack([azimuth.sin() * elevation.cos(), elevation.sin(), azimuth.cos() * elevation.cos()], dim=-1)
+    direction = orbit_direction(azimuth, elevation)
     return look_at(centre + direction * distance[:, None], centre.expand_as(direction), fov_degrees)
 
 
-def rasterize(vertices: Tensor, faces: Tensor, cameras: Cameras, height: int, width: int) -> Fragments:
-    """The nearest triangle in each pixel, both sides drawn.
+def rasterize(
+    vertices: Tensor, faces: Tensor, cameras: Cameras, height: int, width: int, back_faces: bool = True
+) -> Fragments:
+    """The nearest triangle in each pixel.
 
-    vertices: (V, 3) or (N, V, 3) world; faces: (F, 3); N cameras → Fragments of (N, height, width).
+    vertices: (V, 3) or (N, V, 3) world; faces: (F, 3); N cameras → Fragments of (N, height, width). back_faces:
+    False leaves out triangles seen from behind, which on a closed body (`Body.is_closed`) changes nothing.
     """
-    return _rasterize_points(cameras.project(vertices, height, width), faces, height, width)
+    return _rasterize_points(cameras.project(vertices, height, width), faces, height, width, back_faces)
 
 
 @functools.lru_cache(maxsize=8)
@@ -194,146 +124,301 @@ def rasterize_uv(body: Body, size: int) -> Fragments:
     """Which triangle covers each texel of a size x size texture → Fragments of (1, size, size)."""
     u, v = body.uvs.unbind(-1)
     points = torch.stack([u * size, (1 - v) * size, torch.ones_like(u)], dim=-1)
-    return _rasterize_points(points[None], body.uv_faces, size, size)
+    return _rasterize_points(points[None], body.uv_faces, size, size, back_faces=True)
 
 
-def _rasterize_points(points: Tensor, faces: Tensor, height: int, width: int) -> Fragments:
-    """points: (N, V, 3) pixel x, pixel y, depth. Tests each triangle on its bounding box, keeps the nearest."""
+def _rasterize_points(points: Tensor, faces: Tensor, height: int, width: int, back_faces: bool) -> Fragments:
+    """points: (N, V, 3) pixel x, pixel y, depth.
+
+    Cuts each triangle into the spans of pixels that its rows cover, and keeps the nearest in each pixel. A pixel is
+    covered when its centre is; an edge shared by two triangles gives both the same crossing, so that none is missed.
+    """
     views, device = len(points), points.device
-    corners = points[:, faces]  # (N, F, 3, 3)
-    xy, depth = corners[..., :2], corners[..., 2]
-    limit = torch.tensor([width - 1, height - 1], device=device)
-    usable = (depth.amin(-1) > NEAR) & xy.isfinite().flatten(2).all(-1)
-    xy = torch.where(usable[..., None, None], xy, -1.0)
-    low = (xy.amin(2) - 0.5).ceil().clamp(-1e6, 1e6).long().clamp(min=0)  # (N, F, 2)
-    high = torch.minimum((xy.amax(2) - 0.5).floor().clamp(-1e6, 1e6).long(), limit)
-    extent = (high - low + 1).clamp(min=0)
-    counts = (extent.prod(-1) * usable).flatten()  # (N*F,)
-    total = int(counts.sum())
+    corners = points[:, faces].flatten(0, 1)  # (N * F, 3, 3)
+    (ax, bx, cx), (ay, by, cy), depth = corners[..., 0].unbind(1), corners[..., 1].unbind(1), corners[..., 2]
+    doubled_area = (bx - ax) * (cy - ay) - (cx - ax) * (by - ay)  # negative: seen from the front, as y points down
+    low, high = corners[..., :2].amin(1), corners[..., :2].amax(1)
+    limit = torch.tensor([width, height], device=device)
+    first = (low - 0.5).ceil().clamp(min=0)  # the centres covered in x and y are first .. last - 1
+    last = torch.minimum((high - 0.5).ceil(), limit)
+    usable = (first < last).all(1) & (depth.amin(1) > NEAR) & corners.isfinite().flatten(1).all(1)
+    usable &= (doubled_area != 0) if back_faces else (doubled_area < 0)
+    triangle = usable.nonzero()[:, 0]
+    corners, first, last = corners[triangle], first[triangle], last[triangle]
+
+    # A span for each row of pixel centres in a triangle.
+    rows = (last[:, 1] - first[:, 1]).long()
+    owner = torch.repeat_interleave(torch.arange(len(rows), device=device), rows)
+    step = torch.arange(len(owner), device=device) - (rows.cumsum(0) - rows)[owner]
+    y = first[owner, 1] + step + 0.5
+    left, right = torch.full_like(y, math.inf), torch.full_like(y, -math.inf)
+    for start, end in ((0, 1), (1, 2), (2, 0)):
+        a, b = corners[:, start, :2], corners[:, end, :2]
+        upside_down = (a[:, 1] > b[:, 1])[:, None]
+        a, b = torch.where(upside_down, b, a), torch.where(upside_down, a, b)
+        slope = (b[:, 0] - a[:, 0]) / (b[:, 1] - a[:, 1])
+        ax, ay, by, slope = torch.stack([a[:, 0], a[:, 1], b[:, 1], slope])[:, owner]
+        crossing = ax + (y - ay) * slope
+        crossed = (y >= ay) & (y < by)
+        left = torch.where(crossed, torch.minimum(left, crossing), left)
+        right = torch.where(crossed, torch.maximum(right, crossing), right)
+    start = (left - 0.5).ceil().clamp(min=0)
+    count = ((right - 0.5).ceil().clamp(max=width) - start).clamp(min=0).long()
+    kept = (count > 0).nonzero()[:, 0]
+    owner, y, start, count = owner[kept], y[kept], start[kept], count[kept]
+    total = int(count.sum())
     if total > MAX_CANDIDATES and views > 1:
-        halves = (_rasterize_points(half, faces, height, width) for half in points.tensor_split(2))
-        first, second = ([part.face_index, part.barycentrics, part.depth] for part in halves)
-        return Fragments(*(torch.cat(pair) for pair in zip(first, second)))
+        halves = [_rasterize_points(half, faces, height, width, back_faces) for half in points.tensor_split(2)]
+        return _join(*halves)
 
-    triangle = torch.repeat_interleave(torch.arange(len(counts), device=device), counts, output_size=total)
-    offset = torch.arange(total, device=device) - (counts.cumsum(0) - counts)[triangle]
-    box_width = extent[..., 0].flatten()[triangle]
-    box_low = low.flatten(0, 1)[triangle]
-    column = box_low[:, 0] + offset % box_width
-    row = box_low[:, 1] + torch.div(offset, box_width, rounding_mode="floor")
-
-    flat_xy, flat_depth = xy.flatten(0, 1), depth.flatten(0, 1)
-    weights = _screen_barycentrics(flat_xy[triangle], column, row)
-    inside = (weights >= 0).all(-1)
-    triangle, column, row, weights = triangle[inside], column[inside], row[inside], weights[inside]
-    pixel_depth = 1 / (weights / flat_depth[triangle]).sum(-1)
+    # 1 / depth is linear on the screen (Blinn 1992): its value at a span's first pixel and its step to the next.
+    inverse = 1 / corners[..., 2]
+    ab, ac = corners[:, 1, :2] - corners[:, 0, :2], corners[:, 2, :2] - corners[:, 0, :2]
+    rise = inverse[:, 1:] - inverse[:, :1]
+    area = doubled_area[triangle]
+    along_x = (rise[:, 0] * ac[:, 1] - rise[:, 1] * ab[:, 1]) / area
+    along_y = (rise[:, 1] * ab[:, 0] - rise[:, 0] * ac[:, 0]) / area
+    x0, y0, base, along_x, along_y = torch.stack([corners[:, 0, 0], corners[:, 0, 1], inverse[:, 0], along_x, along_y])[
+        :, owner
+    ]
+    at_start = base + (start + 0.5 - x0) * along_x + (y - y0) * along_y
     view = torch.div(triangle, len(faces), rounding_mode="floor")
-    pixel = (view * height + row) * width + column
+    face = triangle - view * len(faces)
+    first_pixel = (view[owner] * height + y.long()) * width + start.long()
 
-    # One integer holds depth above and triangle below: positive floats sort like their bits.
-    key = (pixel_depth.contiguous().view(torch.int32).long() << 32) | (triangle - view * len(faces))
-    empty = torch.iinfo(torch.int64).max
-    nearest = torch.full((views * height * width,), empty, device=device)
-    nearest.scatter_reduce_(0, pixel, key, "amin")
+    # One integer holds 1 / depth above and the triangle below: positive floats sort like their bits.
+    span = torch.repeat_interleave(torch.arange(len(count), device=device), count, output_size=total)
+    step = torch.arange(total, device=device) - (count.cumsum(0) - count)[span]
+    nearness = (at_start[span] + step * along_x[span]).clamp(min=1e-12)
+    key = (nearness.view(torch.int32).long() << 32) | face[owner][span]
+    buffer = torch.full((views * height * width,), -1, device=device)
+    buffer.scatter_reduce_(0, first_pixel[span] + step, key, "amax")
 
-    seen = (nearest != empty).nonzero()[:, 0]
-    face = nearest[seen] & 0xFFFFFFFF
-    view = torch.div(seen, height * width, rounding_mode="floor")
-    triangle = view * len(faces) + face
-    row, column = torch.div(seen, width, rounding_mode="floor") % height, seen % width
-    weights = _screen_barycentrics(flat_xy[triangle].double(), column, row) / flat_depth[triangle]
-    inverse_depth = weights.sum(-1, keepdim=True)
+    pixel = (buffer >= 0).nonzero()[:, 0]
+    face = buffer[pixel] & 0xFFFFFFFF
+    seen = torch.div(pixel, height * width, rounding_mode="floor") * len(faces) + face
+    row, column = torch.div(pixel, width, rounding_mode="floor") % height, pixel % width
+    seen_corners = points[:, faces].flatten(0, 1)[seen] if views > 1 else points[0][faces[face]]
+    weights = _screen_barycentrics(seen_corners[..., :2], column, row) / seen_corners[..., 2]
+    nearness = weights.sum(-1)
+    return Fragments(
+        (views, height, width), pixel, face, weights / nearness[:, None], 1 / nearness, doubled_area[seen].abs() / 2
+    )
 
-    face_index = torch.full((views * height * width,), -1, device=device)
-    face_index[seen] = face
-    barycentrics = points.new_zeros(views * height * width, 3)
-    barycentrics[seen] = (weights / inverse_depth).to(points)
-    pixels_depth = points.new_full((views * height * width,), math.inf)
-    pixels_depth[seen] = (1 / inverse_depth[:, 0]).to(points)
-    shape = (views, height, width)
-    return Fragments(face_index.view(shape), barycentrics.view(*shape, 3), pixels_depth.view(shape))
+
+def _join(first: Fragments, second: Fragments) -> Fragments:
+    """The pictures of both, the second's after the first's."""
+    (views, height, width), offset = second.shape, math.prod(first.shape)
+    second = replace(second, pixel=second.pixel + offset)
+    parts = (torch.cat([getattr(part, name) for part in (first, second)]) for name in FRAGMENT_TENSORS)
+    return Fragments((first.shape[0] + views, height, width), *parts)
+
+
+FRAGMENT_TENSORS = ("pixel", "face", "barycentrics", "depth", "area")
 
 
 def _screen_barycentrics(corners: Tensor, column: Tensor, row: Tensor) -> Tensor:
-    """corners: (K, 3, 2) pixels; the centre of pixel (column, row) → (K, 3), negative outside, NaN if degenerate."""
+    """corners: (K, 3, 2) pixels; the centre of pixel (column, row), inside → (K, 3), not negative, sum 1."""
     a, b, c = (corners - torch.stack([column, row], -1)[:, None] - 0.5).unbind(1)
 
     def cross(p, q):
         return p[:, 0] * q[:, 1] - p[:, 1] * q[:, 0]
 
     areas = torch.stack([cross(b, c), cross(c, a), cross(a, b)], dim=-1)
-    return areas / areas.sum(-1, keepdim=True)
+    weights = (areas / areas.sum(-1, keepdim=True)).clamp(0, 1)  # a centre on an edge may lie out by a rounding
+    return weights / weights.sum(-1, keepdim=True)
 
 
 def interpolate(fragments: Fragments, faces: Tensor, values: Tensor) -> Tensor:
-    """Corner values (V, C) at each pixel → (N, H, W, C), zero where nothing is."""
-    mask = fragments.mask
-    corners = values[faces[fragments.face_index[mask]]]  # (K, 3, C), covered pixels only
-    dense = values.new_zeros(*mask.shape, values.shape[-1])
-    dense[mask] = (fragments.barycentrics[mask][..., None] * corners).sum(-2)
-    return dense
+    """Corner values (V, C) at each covered pixel → (K, C)."""
+    return _blend_corners(fragments.barycentrics, values[faces].flatten(1)[fragments.face])
+
+
+def _blend_corners(barycentrics: Tensor, corners: Tensor) -> Tensor:
+    """barycentrics: (K, 3); corners: (K, 3 * C), the three corners' values side by side → (K, C)."""
+    a, b, c = corners.chunk(3, dim=-1)
+    weights = barycentrics[..., None]
+    return a * weights[:, 0] + b * weights[:, 1] + c * weights[:, 2]
 
 
 def vertex_normals(vertices: Tensor, faces: Tensor) -> Tensor:
-    """Smooth unit normals, weighted by triangle area. vertices: (V, 3) → (V, 3)."""
-    a, b, c = vertices[faces].unbind(1)
+    """Smooth unit normals, weighted by triangle area. vertices: (..., V, 3) → (..., V, 3)."""
+    a, b, c = vertices[..., faces, :].unbind(-2)
     face_normals = torch.linalg.cross(b - a, c - a)
     normals = torch.zeros_like(vertices)
     for corner in range(3):
-        normals.index_add_(0, faces[:, corner], face_normals)
+        normals.index_add_(-2, faces[:, corner], face_normals)
     return F.normalize(normals, dim=-1)
 
 
 @dataclass(frozen=True)
 class Lights:
-    """One directional light a view over an ambient term. direction: (N, 3) unit, towards the light; rest (N,)."""
+    """The light that falls on each side of a body, as a polynomial of the unit normal.
 
-    direction: Tensor
-    ambient: Tensor
-    strength: Tensor
+    coefficients: (N, 9, 3) of 1, x, y, z, xy, yz, zx, xx, yy in red, green and blue: the span of the spherical
+    harmonics up to the second order, which holds any distant light on a matt surface to 1 % (Ramamoorthi and
+    Hanrahan 2001).
+    """
+
+    coefficients: Tensor
+
+    def at(self, normals: Tensor, view: Tensor) -> Tensor:
+        """Unit normals (K, 3) in pictures `view` (K,) → light (K, 3), not negative."""
+        x, y, z = normals.unbind(-1)
+        basis = torch.stack([torch.ones_like(x), x, y, z, x * y, y * z, z * x, x * x, y * y], dim=-1)
+        if len(self.coefficients) == 1:
+            return (basis @ self.coefficients[0]).clamp(min=0)
+        light = torch.empty_like(normals)
+        for index, coefficients in enumerate(self.coefficients):  # each picture's pixels follow one another
+            start, end = torch.searchsorted(view, torch.tensor([index, index + 1], device=view.device)).tolist()
+            light[start:end] = basis[start:end] @ coefficients
+        return light.clamp(min=0)
+
+    def __add__(self, other: "Lights") -> "Lights":
+        return Lights(self.coefficients + other.coefficients)
+
+
+def ambient_light(colour: Tensor) -> Lights:
+    """The same light from all sides. colour: (N, 3)."""
+    return Lights(F.pad(colour[:, None], (0, 0, 0, 8)))
+
+
+def directional_light(direction: Tensor, colour: Tensor) -> Lights:
+    """Light from a direction, wrapped softly round the body: (0.5 + 0.5 n.d)^2 (half-Lambert, Valve 2004).
+
+    direction: (N, 3) unit, towards the light; colour: (N, 3).
+    """
+    x, y, z = direction.unbind(-1)
+    polynomial = torch.stack(
+        [1 + z * z, 2 * x, 2 * y, 2 * z, 2 * x * y, 2 * y * z, 2 * z * x, x * x - z * z, y * y - z * z], dim=-1
+    )
+    return Lights(polynomial[..., None] / 4 * colour[:, None])
+
+
+def from_camera(cameras: Cameras, azimuth: Tensor, elevation: Tensor) -> Tensor:
+    """Unit directions (N, 3) in the world, from angles (N,) in degrees seen from each camera: 0, 0 is behind it."""
+    azimuth, elevation = torch.deg2rad(azimuth), torch.deg2rad(elevation)
+    towards = torch.stack(
+        [azimuth.sin() * elevation.cos(), -elevation.sin(), -azimuth.cos() * elevation.cos()], dim=-1
+    )  # camera axes: x right, y down, z forward
+    return (towards[:, None] @ cameras.rotation)[:, 0]
 
 
 def studio_lights(cameras: Cameras) -> Lights:
     """Soft light from above the camera's left shoulder, the same for every view."""
-    towards = torch.tensor([-0.35, -0.45, -1.0]).to(cameras.rotation)
-    direction = F.normalize(towards @ cameras.rotation, dim=-1)  # camera axes to world
-    count = len(cameras.focal)
-    return Lights(direction, direction.new_full((count,), 0.45), direction.new_full((count,), 0.6))
+    count = torch.ones_like(cameras.focal)
+    key = directional_light(from_camera(cameras, -19 * count, 23 * count), 0.6 * count[:, None].expand(-1, 3))
+    return ambient_light(0.45 * count[:, None].expand(-1, 3)) + key
 
 
-def shade(fragments: Fragments, body: Body, textures: Tensor, lights: Lights, background: Tensor) -> Tensor:
-    """Pictures of a textured body.
+def sample_textures(textures: Tensor, uv: Tensor, texels_per_pixel: Tensor) -> Tensor:
+    """Bilinear, from textures halved until their texels are about as large as the pixel, so that none is skipped.
 
-    textures: (1 or N, 3, S, S) in [0, 1], filled outside the UV islands so that none bleeds in (see
-    `fill_outside`); background: (N, 3) → (N, 3, H, W) in [0, 1].
+    textures: (B, 3, S, S); uv: (K, 2); texels_per_pixel: (K,) along a side → (B, 3, K).
     """
-    uv = interpolate(fragments, body.uv_faces, body.uvs)
-    grid = torch.stack([uv[..., 0] * 2 - 1, 1 - uv[..., 1] * 2], dim=-1)
-    textures = textures.expand(len(grid), -1, -1, -1)
-    colours = F.grid_sample(textures, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    grid = torch.stack([uv[:, 0] * 2 - 1, 1 - uv[:, 1] * 2], dim=-1)
+    out = grid.new_empty(*textures.shape[:2], len(uv))
+    waiting, limit = None, math.sqrt(2)  # all pixels; the middle between 1 and 2 texels
+    while True:
+        last = textures.shape[-1] <= 8
+        near = texels_per_pixel < limit if waiting is None else texels_per_pixel[waiting] < limit
+        if last or near.all():
+            chosen, waiting = waiting, grid.new_empty(0)
+        else:
+            near, far = near.nonzero()[:, 0], (~near).nonzero()[:, 0]
+            chosen, waiting = (near, far) if waiting is None else (waiting[near], waiting[far])
+        points = (grid if chosen is None else grid[chosen])[None, None].expand(len(out), -1, -1, -1)
+        sampled = F.grid_sample(textures, points, padding_mode="border", align_corners=False)[:, :, 0]
+        if chosen is None:
+            return sampled
+        out[..., chosen] = sampled
+        if not len(waiting):
+            return out
+        textures, limit = F.avg_pool2d(textures, 2), 2 * limit
 
-    normals = interpolate(fragments, body.faces, vertex_normals(body.vertices, body.faces))
-    facing = (F.normalize(normals, dim=-1) * lights.direction[:, None, None]).sum(-1)
-    # Half-Lambert (Valve, 2004): light wraps round the body, so that no side is black.
-    wrapped = (0.5 + 0.5 * facing).square()
-    light = lights.ambient[:, None, None] + lights.strength[:, None, None] * wrapped
-    colours = (colours * light[:, None]).clamp(0, 1)
-    return torch.where(fragments.mask[:, None], colours, background[:, :, None, None])
+
+@functools.lru_cache(maxsize=4)
+def _uv_areas(body: Body) -> Tensor:
+    """(F,) area of each triangle on the unit UV square."""
+    a, b, c = body.uvs[body.uv_faces].unbind(1)
+    (abx, aby), (acx, acy) = (b - a).unbind(-1), (c - a).unbind(-1)
+    return (abx * acy - acx * aby).abs() / 2
+
+
+def shade(
+    fragments: Fragments, body: Body, vertices: Tensor, textures: Tensor, lights: Lights, background: Tensor,
+    supersample: int = 1,
+) -> Tensor:  # fmt: skip
+    """Pictures of a textured body from what `rasterize` saw.
+
+    vertices: (V, 3) or (N, V, 3), the posed body. textures: (B, 3, S, S) in [0, 1], filled outside the UV islands so
+    that none bleeds in (see `fill_outside`): one for all N views, one a view, or any number through a single view.
+    background: (1 or N, 3) or (1 or N, 3, h, w). supersample: side of the block of fragments in a pixel
+    → (max(B, N), 3, H / supersample, W / supersample) in [0, 1].
+    """
+    views, height, width = fragments.shape
+    if 1 < views != len(textures) > 1:
+        raise ValueError(f"{len(textures)} textures for {views} views; give one, one a view, or a single view")
+    view = fragments.view
+    # What a triangle's corners carry, side by side: texture coordinates and normals, (N or 1, F, 3, 5).
+    normals = vertex_normals(vertices, body.faces)[..., body.faces, :]
+    carried = torch.cat([body.uvs[body.uv_faces].expand(*normals.shape[:-1], 2), normals], dim=-1).flatten(-2)
+    corner = fragments.face if carried.dim() == 2 else view * len(body.faces) + fragments.face
+    uv, normals = _blend_corners(fragments.barycentrics, carried.view(-1, 15)[corner]).split([2, 3], dim=-1)
+    normals = F.normalize(normals, dim=-1)
+    density = (_uv_areas(body)[fragments.face] / fragments.area.clamp(min=1e-6)).sqrt() * textures.shape[-1]
+    if views == 1 or len(textures) == 1:
+        colours = sample_textures(textures, uv, density)
+    else:
+        edges = torch.searchsorted(view, torch.arange(views + 1, device=view.device)).tolist()
+        parts = [
+            sample_textures(texture[None], uv[start:end], density[start:end])
+            for texture, start, end in zip(textures, edges, edges[1:])
+        ]
+        colours = torch.cat(parts, dim=-1)
+    colours = (colours * lights.at(normals, view).T).clamp(0, 1)  # (1 or B, 3, K)
+
+    # Each fragment is one of supersample^2 in its pixel; what none covers shows the background. (B, 3, N, h, w)
+    size = (views, height // supersample, width // supersample)
+    pixels, behind = math.prod(size), _full(background, *size)
+    if supersample == 1:
+        canvas = behind.expand(len(colours), *behind.shape[1:]).flatten(2).contiguous()
+        canvas[..., fragments.pixel] = colours
+    else:
+        row, column = torch.div(fragments.pixel, width, rounding_mode="floor"), fragments.pixel % width
+        row, column = (torch.div(part, supersample, rounding_mode="floor") for part in (row, column))
+        pixel, share = row * size[2] + column, supersample**-2  # H divides, so that rows of two views stay apart
+        uncovered = colours.new_ones(pixels).index_add_(0, pixel, colours.new_full((1,), -share).expand(len(pixel)))
+        canvas = (behind.flatten(2) * uncovered).expand(len(colours), -1, -1).contiguous()
+        for channel, values in zip(canvas.flatten(0, 1), (colours * share).flatten(0, 1)):
+            channel.index_add_(0, pixel, values)  # by rows: adding along a later axis is many times slower
+    canvas = canvas.view(len(colours), 3, *size)
+    return canvas[:, :, 0] if views == 1 else canvas[0].transpose(0, 1)
+
+
+def _full(background: Tensor, views: int, height: int, width: int) -> Tensor:
+    """(1 or N, 3) or (1 or N, 3, height, width) → (1, 3, N, height, width)."""
+    background = background[:, :, None, None] if background.dim() == 2 else background
+    return background.expand(views, 3, height, width).transpose(0, 1)[None]
 
 
 def render_views(
     body: Body, textures: Tensor, cameras: Cameras, height: int, width: int,
     lights: Lights | None = None, background: Tensor | None = None, supersample: int = 2,
+    vertices: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Anti-aliased pictures: drawn `supersample` times larger and averaged down → (N, 3, height, width) in [0, 1].
 
-    textures: (1 or N, 3, S, S) in [0, 1]. Without lights or background: studio light on white.
+    textures: (1 or N, 3, S, S) in [0, 1], or any number for one camera. vertices: the posed body, (V, 3) or (N, V, 3);
+    None: as it rests. Without lights or background: studio light on white.
     """
     lights = lights or studio_lights(cameras)
-    background = textures.new_ones(len(cameras.focal), 3) if background is None else background
-    fragments = rasterize(body.vertices, body.faces, cameras, height * supersample, width * supersample)
-    pictures = shade(fragments, body, textures, lights, background)
-    return F.avg_pool2d(pictures, supersample) if supersample > 1 else pictures
+    vertices = body.vertices if vertices is None else vertices
+    background = textures.new_ones(1, 3) if background is None else background
+    fragments = rasterize(
+        vertices, body.faces, cameras, height * supersample, width * supersample, back_faces=not body.is_closed
+    )
+    return shade(fragments, body, vertices, textures, lights, background, supersample)
 
 
 def uv_mask(body: Body, size: int) -> Tensor:

@@ -1,4 +1,5 @@
 import json
+import types
 
 import datasets
 import numpy as np
@@ -8,10 +9,13 @@ from PIL import Image
 
 from atlas_dataset import procedural
 from atlas_dataset.build_atlas_large import main as build_main
-from atlas_dataset.building import build_dataset, sample_view
+from atlas_dataset.building import build_dataset
 from atlas_dataset.dataset import INFO_FILE, ATLASLarge, HuggingFaceATLAS, ProceduralTextures, read_prompts
+from atlas_dataset.views import frame_bodies, make_background, render_texture, sample_view
+from configuration import Render
 from errors import UserError
 from images import open_image
+from render.rigs import load_rig
 from render.utils import fill_outside, load_body
 
 
@@ -117,9 +121,168 @@ def test_building_continues_after_the_last_whole_shard(tmp_path, mesh, textures,
 
 
 def test_views_follow_from_their_numbers_and_differ():
-    assert sample_view(0, 3, 1) == sample_view(0, 3, 1)
-    views = [sample_view(0, texture, view)["azimuth"] for texture in range(5) for view in range(5)]
-    assert len(set(views)) == 25 and max(views) - min(views) > 180
+    rig, render = load_rig("anny"), Render()
+    assert sample_view(render, rig, 0, 3, 1) == sample_view(render, rig, 0, 3, 1)
+    views = [sample_view(render, rig, 0, texture, view) for texture in range(10) for view in range(10)]
+    azimuths = [view["azimuth"] for view in views]
+    assert len(set(azimuths)) == 100 and max(azimuths) - min(azimuths) > 300
+    assert {view["background"] for view in views} == {"plain", "gradient", "noise"}
+    assert 5 < sum(view["bottom"] > 0 for view in views) < 40, "about one in five ends above the knees"
+    assert {len(view["lights"]) > 2 for view in views} == {True, False}
+    assert len({tuple(view["pose"]) for view in views}) == 100 and len({tuple(view["shape"]) for view in views}) == 100
+    plain = {"plain": 1, "gradient": 0, "noise": 0}
+    narrow = Render(azimuth=[5, 5], elevation=[0, 0], full_body=1, environment=0, backgrounds=plain)
+    for number in range(10):
+        view = sample_view(narrow, rig, 0, 0, number)
+        assert (view["azimuth"], view["elevation"], view["bottom"], view["background"]) == (5, 0, 0, "plain")
+
+
+def test_renders_are_framed_as_their_view_says():
+    """The whole body stands in the picture, its height `fill` of it; or it ends at the picture's edge."""
+    rig, texture = load_rig("anny"), torch.full((3, 32, 32), 1.0)
+    for full_body in (1, 0):
+        render = Render(full_body=full_body, fill=[0.8, 0.8], elevation=[0, 0], ambient=[1, 1])
+        for number in range(6):
+            _, view = render_texture(rig, texture, render, 0, 0, [number], 96, 96)[0]
+            vertices = rig.vertices([view])
+            points = frame_bodies(vertices, [view], 1.0).project(vertices, 96, 96)[0]
+            top, bottom = points[:, 1].min() / 96, points[:, 1].max() / 96
+            if full_body:
+                assert top > 0.02 and bottom < 0.98
+            else:
+                assert 0 < top < 0.2 and bottom > 1.1
+
+
+def test_backgrounds(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (30, 50), "red").save(tmp_path / "red.png")
+    for kind in ("plain", "gradient", "noise", "pictures"):
+        made = [make_background(kind, np.random.default_rng(seed), 24, 16, str(tmp_path)) for seed in (1, 1, 2)]
+        assert made[0].shape == (3, 24, 16) and made[0].min() >= 0 and made[0].max() <= 1
+        assert torch.equal(made[0], made[1]) and (kind == "pictures" or not torch.equal(made[0], made[2]))
+        flat = (made[0] == made[0][:, :1, :1]).all()
+        assert flat == (kind in ("plain", "pictures"))
+    assert torch.allclose(made[0][:, 0, 0], torch.tensor([1.0, 0, 0]))
+    with pytest.raises(UserError, match="no pictures in"):
+        make_background("pictures", np.random.default_rng(0), 8, 8, str(tmp_path / "nowhere"))
+
+
+def test_the_same_rows_for_any_number_of_workers_and_processes(tmp_path, mesh, textures, monkeypatch):
+    from atlas_dataset import building
+
+    monkeypatch.setattr(building, "TEXTURES_PER_SHARD", 1)
+    source, spec = HuggingFaceATLAS(str(textures), textures / "prompts.txt"), f"obj:{mesh}"
+    build_dataset(source, spec, 2, tmp_path / "one", 64, 48, workers=0)
+    build_dataset(source, spec, 2, tmp_path / "workers", 64, 48, workers=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        assert not (tmp_path / "ranks" / "README.md").exists()
+        monkeypatch.setenv("RANK", rank)
+        build_dataset(source, spec, 2, tmp_path / "ranks", 64, 48, workers=0)
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
+    assert len(files) == 4 + 4 + 3
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "workers" / file).read_bytes(), file
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "ranks" / file).read_bytes(), file
+
+
+def test_a_bad_texture_is_skipped_and_reported(tmp_path, mesh, textures, run_script):
+    import shutil
+
+    copy, out = tmp_path / "copy", tmp_path / "out"
+    shutil.copytree(textures, copy)
+    (copy / "1.png").write_bytes((copy / "1.png").read_bytes()[:60])
+    arguments = ["--textures", copy, "--prompts", copy / "prompts.txt", "--body", f"obj:{mesh}", "--views", 1,
+                 "--height", 32, "--width", 24, "--out", out]  # fmt: skip
+    status, printed, _ = run_script(build_main, *arguments)
+    assert status == 0 and "1 skipped" in printed
+    skipped = json.loads((out / "skipped.json").read_text())
+    assert [row["texture_id"] for row in skipped] == [1] and "1.png" in skipped[0]["reason"]
+    rows = ATLASLarge(out, "joint", 16, 32, str(tmp_path / "cache"))
+    assert [rows[index]["prompt"] for index in range(len(rows))] == ["a man in red", "a man in blue", "a man in yellow"]
+    status, printed, _ = run_script(build_main, "--verify", "--out", out)
+    assert status == 0 and "3 textures and 3 renders" in printed
+    shard = next((out / "renders").glob("*.parquet"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[100:400] = bytes(300)
+    shard.write_bytes(damaged)
+    status, _, error = run_script(build_main, "--verify", "--out", out)
+    assert status == 2 and shard.name in error
+    for file in copy.glob("*.png"):
+        file.write_bytes(b"broken")
+    status, _, error = run_script(build_main, *arguments[:-1], tmp_path / "none")
+    assert status == 2 and "no texture could be read" in error
+    status, _, error = run_script(build_main, *arguments)
+    assert status == 2 and "other textures or prompts" in error
+
+
+def test_a_full_disk_is_refused_beforehand(tmp_path, mesh, textures, run_script, monkeypatch):
+    from atlas_dataset import building
+
+    monkeypatch.setattr(building.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    arguments = ["--textures", textures, "--prompts", textures / "prompts.txt", "--body", f"obj:{mesh}"]
+    status, _, error = run_script(build_main, *arguments, "--out", tmp_path / "out")
+    assert status == 2 and "needs about" in error and not list((tmp_path / "out").rglob("*.parquet"))
+
+
+def test_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, mesh, textures, monkeypatch):
+    from atlas_dataset import building
+
+    monkeypatch.setattr(building, "TEXTURES_PER_SHARD", 2)
+    original, written = building.pyarrow.parquet.ParquetWriter.write_table, []
+
+    def fills_up(*args):
+        written.append(1)
+        if len(written) == 4:
+            raise OSError(28, "No space left on device")
+        return original(*args)
+
+    source = HuggingFaceATLAS(str(textures), textures / "prompts.txt")
+    with monkeypatch.context() as patch:
+        patch.setattr(building.pyarrow.parquet.ParquetWriter, "write_table", fills_up)
+        with pytest.raises(UserError, match="No space left on device; make room"):
+            build_dataset(source, f"obj:{mesh}", 1, tmp_path / "out", 32, 24)
+    assert len(list((tmp_path / "out" / "renders").iterdir())) == 1, "the first shard stays, nothing half-written"
+    build_dataset(source, f"obj:{mesh}", 1, tmp_path / "out", 32, 24)
+    assert len(ATLASLarge(tmp_path / "out", "joint", 16, 32, str(tmp_path / "cache"))) == 4
+
+
+def test_limit_licence_and_push(tmp_path, mesh, textures, run_script, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, name, **options: calls.append(name))
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "upload_folder", lambda self, **options: calls.append(options["folder_path"])
+    )
+    out = tmp_path / "out"
+    arguments = ["--textures", textures, "--prompts", textures / "prompts.txt", "--body", f"obj:{mesh}", "--views", 2,
+                 "--height", 32, "--width", 24, "--out", out, "--limit", 3, "--licence", "CC-BY-4.0"]  # fmt: skip
+    status, _, _ = run_script(build_main, *arguments, "--push-to-hub", "someone/atlas")
+    assert status == 0 and calls == ["someone/atlas", out]
+    rows = datasets.load_dataset(str(out), "renders", split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(rows) == 6 and set(rows["licence"]) == {"CC-BY-4.0"} and rows[0]["image"].size == (24, 32)
+    assert len(rows[0]["ambient"]) == 3 and len(rows[0]["lights"][0]) == 5 and rows[0]["pose"] == []
+
+    def offline(self, name, **options):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", offline)
+    status, _, error = run_script(build_main, *arguments, "--push-to-hub", "someone/atlas")
+    assert status == 2 and "cannot push to someone/atlas" in error and "is whole" in error
+
+
+def test_renders_made_online_are_fresh_each_epoch(tmp_path, mesh, textures):
+    source, spec = HuggingFaceATLAS(str(textures), textures / "prompts.txt"), f"obj:{mesh}"
+    root = build_dataset(source, spec, 0, tmp_path / "textures only", 32, 24)
+    rows = ATLASLarge(root, "joint", 16, 32, str(tmp_path / "cache"))
+    rows.render_online(Render(), rows.body, 3, seed=0)
+    assert len(rows) == 12
+    first, again, later = rows[4], rows[4], rows[4 + len(rows)]
+    assert first["prompt"] == later["prompt"] and first["texture_id"] == later["texture_id"] == 1
+    assert torch.equal(first["image"], again["image"]) and not torch.equal(first["image"], later["image"])
+    assert first["image"].shape == (3, 32, 32) and torch.equal(first["texture"], later["texture"])
 
 
 def test_build_command(tmp_path, mesh, textures, run_script):
@@ -139,7 +302,7 @@ def test_build_command(tmp_path, mesh, textures, run_script):
     [
         ("no textures", "no textures in"), ("no prompts", "--prompts"), ("missing prompts", "cannot read prompts"),
         ("too few prompts", "4 textures"), ("empty prompt", "line 2 is empty"), ("bad mesh", "cannot read mesh"),
-        ("broken texture", "cannot read picture texture 4"), ("views", "must be 1 or more"),
+        ("views", "must be 1 or more"),
         ("procedural", "procedural:COUNT"),
     ],
 )  # fmt: skip
@@ -162,11 +325,8 @@ def test_build_command_refuses(case, message, tmp_path, mesh, textures, run_scri
         (copy / "prompts.txt").write_text("one\n\nthree\nfour\n")
     elif case == "bad mesh":
         values["--body"] = "obj:nowhere.obj"
-    elif case == "broken texture":
-        (copy / "prompts.txt").write_text("a\nb\nc\nd\ne\n")
-        (copy / "4.png").write_bytes(b"broken")
     elif case == "views":
-        values["--views"] = 0
+        values["--views"] = -1
     elif case == "procedural":
         values["--textures"] = "procedural:x"
     status, _, error = run_script(build_main, *(word for pair in values.items() for word in pair))

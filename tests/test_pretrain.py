@@ -10,8 +10,8 @@ from conditioning import encode_prompts
 
 @pytest.fixture()
 def small_run(tmp_path, monkeypatch):
-    arguments = ["--out", "base", "--work", "work", "--renders", "100", "--clip-steps", "2", "--vae-steps", "2",
-                 "--unet-steps", "2", "--mixed-precision", "no", "--device", "cpu"]  # fmt: skip
+    arguments = "--out base --work work --renders 100 --outfits 96 --clip-steps 2 --image-steps 2 --vae-steps 2"
+    arguments = f"{arguments} --unet-steps 2 --mixed-precision no --device cpu".split()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["pretrain_base.py", *arguments])
     return tmp_path
@@ -29,6 +29,7 @@ def test_pretraining_writes_a_base_and_resumes(small_run, monkeypatch, capsys):
         raise AssertionError("a finished stage or render was made again")
 
     monkeypatch.setattr(pretrain_base, "render_scene", never)
+    monkeypatch.setattr(pretrain_base, "render_outfit", never)
     monkeypatch.setattr(torch.Tensor, "backward", never)
     before = {path: path.read_bytes() for path in (small_run / "base").rglob("*.safetensors")}
     pretrain_base.main()

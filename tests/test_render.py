@@ -1,13 +1,18 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from errors import UserError
-from images import open_image
+from images import open_image, texture_pixels
 from render.render_turntable import main as turntable_main
 from render.utils import (
+    Cameras,
+    Lights,
+    ambient_light,
+    directional_light,
     fill_outside,
     interpolate,
     load_body,
@@ -49,7 +54,7 @@ def test_rasterizer_agrees_with_embree(azimuth, elevation):
         body, torch.tensor([azimuth]), torch.tensor([elevation]), torch.tensor([32.0]), aspect=width / height
     )
     fragments = rasterize(body.vertices, body.faces, cameras, height, width)
-    uv = interpolate(fragments, body.uv_faces, body.uvs)[0]
+    uv = fragments.dense(interpolate(fragments, body.uv_faces, body.uvs))[0]
     face, expected_uv = embree_hits(body, cameras, height, width)
     mask = fragments.mask[0]
     assert mask.sum() > 5000
@@ -71,12 +76,12 @@ def test_rasterizer_is_perspective_correct():
     faces = torch.tensor([[0, 1, 2], [0, 2, 3]])
     cameras = look_at(torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([[0.0, 0.0, -5.0]]), torch.tensor([60.0]))
     fragments = rasterize(vertices, faces, cameras, 101, 101)
-    position = interpolate(fragments, faces, vertices)
+    position, depth = fragments.dense(interpolate(fragments, faces, vertices)), fragments.dense(fragments.depth)
     column = position[0, :, 50][fragments.mask[0, :, 50]]
     points = cameras.project(column, 101, 101)[0]
     rows = fragments.mask[0, :, 50].nonzero()[:, 0] + 0.5
     assert torch.allclose(points[:, 1], rows, atol=1e-3)
-    assert torch.allclose(points[:, 2], fragments.depth[0, :, 50][fragments.mask[0, :, 50]], rtol=1e-5)
+    assert torch.allclose(points[:, 2], depth[0, :, 50][fragments.mask[0, :, 50]], rtol=1e-5)
 
 
 def test_nearest_triangle_wins_and_views_do_not_mix():
@@ -86,7 +91,7 @@ def test_nearest_triangle_wins_and_views_do_not_mix():
     cameras = look_at(eyes, torch.zeros(2, 3), torch.full((2,), 60.0))
     fragments = rasterize(vertices, faces, cameras, 65, 65)
     assert fragments.face_index[:, 32, 32].tolist() == [1, 0]
-    assert fragments.depth[:, 32, 32].tolist() == pytest.approx([4.0, 5.0], rel=1e-5)
+    assert fragments.dense(fragments.depth)[:, 32, 32].tolist() == pytest.approx([4.0, 5.0], rel=1e-5)
     one = rasterize(vertices, faces, look_at(eyes[1:], torch.zeros(1, 3), torch.full((1,), 60.0)), 65, 65)
     assert torch.equal(one.face_index[0], fragments.face_index[1])
 
@@ -189,7 +194,7 @@ def test_turntable_turns(tmp_path, mesh, textures, run_script):
     from PIL import Image
 
     out = tmp_path / "turn.gif"
-    arguments = ("--texture", textures / "0.png", "--body", f"obj:{mesh}", "--frames", 8, "--height", 64, "--width", 48)
+    arguments = ("--texture", textures / "0.png", "--body", f"obj:{mesh}", "--frames", 8, "--size", "64x48")
     assert run_script(turntable_main, *arguments, "--out", out)[0] == 0
     with Image.open(out) as gif:
         assert gif.n_frames == 8 and gif.size == (48, 64) and gif.info["loop"] == 0
@@ -201,14 +206,115 @@ def test_turntable_turns(tmp_path, mesh, textures, run_script):
     assert min(red) > 0.03, "the body is in each frame, in its texture's colour"
     assert max(red) > 1.3 * min(red), "its outline changes as it turns"
     assert math.isclose(red[0], red[4], rel_tol=0.2)
-    for bad in (("--out", tmp_path / "a.bmp"), ("--out", out, "--frames", 0)):
+    for bad in (
+        ("--out", tmp_path / "a.bmp"), ("--out", out, "--frames", 0), ("--out", out, "--size", "64"),
+        ("--out", out, "--background", "no colour"), ("--out", out, "--format", "mp4"),
+        ("--out", out, "--pose", "walking"),
+    ):  # fmt: skip
         status, _, error = run_script(turntable_main, *arguments[:4], *bad)
         assert status == 2 and error.count("\n") == 1
     missing = run_script(turntable_main, "--texture", tmp_path / "no.png", "--out", tmp_path / "b.gif")
     assert missing[0] == 2 and "no.png" in missing[2] and not (tmp_path / "b.gif").exists()
 
 
-def test_open_image_turns_and_refuses(tmp_path):
+def test_turntable_formats(tmp_path, mesh, textures, run_script):
+    """A folder of textures in one call, in each format; frames and sheets show what the GIF shows."""
+    from PIL import Image
+
+    arguments = ("--texture", textures, "--body", f"obj:{mesh}", "--frames", 4, "--size", "64x48")
+    for chosen, name in {"webp": "0.webp", "mp4": "0.mp4", "frames": "0/0003.png", "sheet": "0.png"}.items():
+        out = tmp_path / chosen
+        status, printed, _ = run_script(turntable_main, *arguments, "--format", chosen, "--out", out)
+        assert status == 0 and len(printed.split()) == 4 and (out / name).stat().st_size > 100, chosen
+    with Image.open(tmp_path / "webp" / "0.webp") as webp:
+        assert webp.n_frames == 4 and webp.size == (48, 64)
+    with Image.open(tmp_path / "sheet" / "0.png") as sheet:
+        assert sheet.size == (4 * 48, 64)
+        front = np.asarray(sheet)[:, :48]
+    with Image.open(tmp_path / "frames" / "0" / "0000.png") as frame:
+        assert np.array_equal(np.asarray(frame), front)
+    import imageio.v2 as imageio
+
+    video = imageio.mimread(tmp_path / "mp4" / "0.mp4")
+    assert len(video) == 4 and np.abs(video[0].astype(int) - front.astype(int)).mean() < 6
+    blue = ("--out", tmp_path / "blue.png", "--background", "#0000ff")
+    assert run_script(turntable_main, "--texture", textures / "0.png", *arguments[2:], *blue)[0] == 0
+    with Image.open(tmp_path / "blue.png") as sheet:
+        assert sheet.convert("RGB").getpixel((0, 0)) == (0, 0, 255)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    status, _, error = run_script(turntable_main, "--texture", empty, "--out", tmp_path / "x")
+    assert status == 2 and "no pictures in" in error
+
+
+def test_anny_turns_in_a_pose(tmp_path, textures, run_script):
+    from PIL import Image
+
+    sheets = []
+    for pose in ("rest", "sitting"):
+        out = tmp_path / f"{pose}.png"
+        arguments = ("--texture", textures / "0.png", "--size", "64x48", "--pose", pose, "--out", out)
+        assert run_script(turntable_main, *arguments)[0] == 0
+        with Image.open(out) as sheet:
+            sheets.append(np.asarray(sheet).astype(int))
+    assert np.abs(sheets[0] - sheets[1]).mean() > 3
+
+
+@pytest.mark.parametrize("light", ["one", "two"])
+def test_light_is_the_half_lambert_polynomial(light):
+    """Lights.at equals the formula it stands for; lights add up; only what a picture's own light sees counts."""
+    normals = torch.nn.functional.normalize(torch.randn(200, 3), dim=-1)
+    directions = torch.nn.functional.normalize(torch.randn(2, 3), dim=-1)
+    colours = torch.rand(2, 3)
+    lights = ambient_light(torch.full((2, 3), 0.2)) + directional_light(directions, colours)
+    view = torch.arange(200) // 100
+    expected = 0.2 + (0.5 + 0.5 * (normals * directions[view]).sum(-1, keepdim=True)) ** 2 * colours[view]
+    if light == "one":
+        lights, view = Lights(lights.coefficients[:1]), torch.zeros(100, dtype=torch.int64)
+        normals, expected = normals[:100], expected[:100]
+    assert torch.allclose(lights.at(normals, view), expected, atol=1e-5)
+
+
+def test_a_fine_pattern_seen_from_afar_is_gray_not_noise():
+    """Minification: a one-texel checkerboard averages out, at every size of the picture."""
+    body = load_body("anny")
+    checks = (torch.arange(1024)[:, None] + torch.arange(1024)) % 2
+    texture = checks.float().expand(1, 3, -1, -1)
+    cameras = orbit_cameras(body, torch.zeros(1), torch.zeros(1), torch.tensor([30.0]))
+    even = ambient_light(torch.ones(1, 3))
+    picture = render_views(body, texture, cameras, 96, 96, even, torch.zeros(1, 3))[0]
+    solid = render_views(body, torch.ones(1, 3, 8, 8), cameras, 96, 96, even, torch.zeros(1, 3))[0] == 1
+    assert solid.sum() > 500
+    assert (picture[solid] - 0.5).abs().max() < 0.02
+
+
+def test_many_textures_through_one_view_and_one_a_view(mesh):
+    body, textures = load_body(f"obj:{mesh}"), torch.rand(3, 3, 32, 32)
+    cameras = orbit_cameras(body, torch.tensor([0.0, 120, 240]), torch.zeros(3), torch.full((3,), 30.0))
+    first = Cameras(cameras.rotation[:1], cameras.translation[:1], cameras.focal[:1])
+    for supersample in (1, 2):
+        many = render_views(body, textures, first, 48, 48, supersample=supersample)
+        each = render_views(body, textures, cameras, 48, 48, supersample=supersample)
+        for index in range(3):
+            alone = render_views(body, textures[index : index + 1], first, 48, 48, supersample=supersample)
+            assert torch.allclose(many[index], alone[0], atol=1e-5)
+        assert torch.allclose(each[0], many[0], atol=1e-5) and not torch.allclose(each[1], many[1], atol=0.1)
+    with pytest.raises(ValueError, match="2 textures for 3 views"):
+        render_views(body, textures[:2], cameras, 48, 48)
+
+
+def test_back_faces_are_left_out_without_a_trace():
+    body = load_body("anny")
+    cameras = orbit_cameras(body, torch.tensor([40.0, 200.0]), torch.full((2,), 8.0), torch.full((2,), 30.0))
+    both = rasterize(body.vertices, body.faces, cameras, 200, 200)
+    front = rasterize(body.vertices, body.faces, cameras, 200, 200, back_faces=False)
+    assert torch.equal(both.mask, front.mask) and (both.face_index != front.face_index).sum() <= 2
+    open_mesh = replace(body, faces=body.faces[:-1], uv_faces=body.uv_faces[:-1])
+    inside_out = replace(body, faces=body.faces.flip(1))
+    assert body.is_closed and not open_mesh.is_closed and not inside_out.is_closed
+
+
+def test_open_image_turns_converts_and_refuses(tmp_path, monkeypatch):
     from PIL import Image
 
     picture = Image.new("RGB", (20, 10), "red")
@@ -216,6 +322,26 @@ def test_open_image_turns_and_refuses(tmp_path):
     exif[0x0112] = 6
     picture.save(tmp_path / "turned.jpg", exif=exif)
     assert open_image(tmp_path / "turned.jpg").size == (10, 20)
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    deep = np.asarray(open_image(tmp_path / "deep.png"))[..., 0]
+    assert np.abs(deep.astype(int) - ramp // 257).max() <= 1, "16 bits are scaled, not cut"
+    for mode in ("CMYK", "P", "L", "1"):
+        path = tmp_path / f"{mode}.tif"
+        picture.convert(mode).save(path)
+        assert open_image(path).mode == "RGB"
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
+    assert open_image(tmp_path / "two.gif").getpixel((0, 0))[:3] == (255, 0, 0)
+    assert texture_pixels(Image.new("RGB", (1, 1), "red"), 8).shape == (3, 8, 8)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    with pytest.raises(UserError, match=r"turned\.jpg.*too large|turned\.jpg.*exceeds"):
+        open_image(tmp_path / "turned.jpg")
+    monkeypatch.undo()
+    whole = (tmp_path / "turned.jpg").read_bytes()
+    (tmp_path / "torn.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"torn\.jpg"):
+        open_image(tmp_path / "torn.jpg")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     with pytest.raises(UserError, match=r"broken\.png"):
         open_image(tmp_path / "broken.png")

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import training
+from atlas_dataset.dataset import INFO_FILE
 from base_model import load_base
 from checkpoints import load_checkpoint
 from conditioning import make_aligner
@@ -231,7 +233,21 @@ def test_two_runs_are_equal_to_the_bit(make_config, tmp_path):
 def test_batches_visit_every_row_each_epoch():
     batches = shuffled_batches(10, 4, seed=1)
     rows = [row for _ in range(5) for row in next(batches)]
-    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10)) and rows[:10] != rows[10:]
+    assert sorted(rows[:10]) == list(range(10)) and sorted(rows[10:]) == list(range(10, 20)), (
+        "each epoch its own numbers"
+    )
+    assert rows[:10] != [row - 10 for row in rows[10:]], "and its own order"
+
+
+def test_training_on_renders_made_online(make_config, dataset_dir, tmp_path):
+    checkpoint = train(make_config("data.views=online", "data.views_per_texture=2", "data.num_workers=1"), "joint")
+    assert load_checkpoint(checkpoint).cfg.data.views == "online"
+    procedural = make_config("data.views=online", "data.dataset=procedural:4", "data.body=null")
+    train(procedural, "joint", dry_run=True)
+    root = next((tmp_path / "cache").glob("procedural-4-*"))
+    assert json.loads((root / INFO_FILE).read_text())["views"] == 0, "no render set is stored"
+    with pytest.raises(UserError, match="holds no renders; set"):
+        train(make_config(f"data.dataset={root}", "data.body=null"), "joint", dry_run=True)
 
 
 def test_random_numbers_depend_on_seed_and_step():

@@ -1,0 +1,197 @@
+"""Building and reading ATLAS-Large at full size, from a folder of real textures.
+
+    python benchmarks/bench_build.py DIR
+
+DIR holds smpl_uv.obj, real_textures/*.png and real_textures/prompts.txt; the textures are taken again and again.
+Measures rows a second after the first shard, megabytes a row, what JPEG costs, peak memory for 50 and for 500
+textures, and rows a second read with 2 workers against a loader that decodes each row's pictures three times. The
+last line is JSON.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import datasets
+import psutil
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from atlas_dataset import building
+from atlas_dataset.building import build_dataset
+from atlas_dataset.dataset import ATLASLarge, HuggingFaceATLAS
+from atlas_dataset.views import render_texture
+from configuration import Render
+from errors import exit_on_user_error
+from images import image_from_pixels, open_image, pixels_from_image, prepare_image, texture_pixels
+from render.rigs import load_rig
+
+VIEWS, HEIGHT, WIDTH = 5, 1024, 768
+
+
+class Repeated(HuggingFaceATLAS):
+    """The folder's textures again and again, `count` in all."""
+
+    def __init__(self, folder: Path, count: int):
+        super().__init__(str(folder / "real_textures"), folder / "real_textures" / "prompts.txt")
+        rows, prompts = self.rows, self.prompts
+        self.rows = [rows[index % len(rows)] for index in range(count)]
+        self.prompts = [prompts[index % len(rows)] for index in range(count)]
+
+
+class DecodesThreeTimes(Dataset):
+    """A row as the seed's loader reads it: each column's access decodes both pictures of the row."""
+
+    def __init__(self, root: Path, resolution: int, image_size: int):
+        textures = datasets.load_dataset("parquet", data_files=str(root / "textures/*.parquet"), split="train")
+        self.renders = datasets.load_dataset("parquet", data_files=str(root / "renders/*.parquet"), split="train")
+        self.textures, self.resolution, self.image_size = textures, resolution, image_size
+
+    def __len__(self):
+        return len(self.renders)
+
+    def row(self, index):
+        render = self.renders[index]
+        texture = self.textures[render["texture_id"]]
+        texture["texture"].load(), render["image"].load()
+        return {"image": render["image"], "texture": texture["texture"], "prompt": texture["prompt"]}
+
+    def __getitem__(self, index):
+        return {
+            "image": prepare_image(self.row(index)["image"].convert("RGB"), self.image_size),
+            "texture": texture_pixels(self.row(index)["texture"].convert("RGB"), self.resolution),
+            "prompt": self.row(index)["prompt"],
+        }
+
+
+def peak_megabytes(command: list[str]) -> float:
+    """Runs a command → the most memory that it and its processes held at once; what they share counts once."""
+    process, peak = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 0
+    while process.poll() is None:
+        held = 0
+        for part in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):  # it has ended
+                held += part.memory_full_info().pss
+        peak = max(peak, held)
+        time.sleep(0.1)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return peak / 1e6
+
+
+def build_speed(folder: Path, out: Path, textures: int, workers: int | None) -> tuple[float, float]:
+    """Rows a second after the first shard, megabytes a row."""
+    first_shard = out / "renders" / "shard-00000.parquet"
+    seen = {}
+
+    def watch():
+        while not first_shard.exists() and not seen.get("stop"):
+            time.sleep(0.02)
+        seen["at"] = time.perf_counter()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    build_dataset(
+        Repeated(folder, textures), f"obj:{folder / 'smpl_uv.obj'}", VIEWS, out, HEIGHT, WIDTH, workers=workers
+    )
+    ended, seen["stop"] = time.perf_counter(), True
+    watcher.join()
+    later = (textures - building.TEXTURES_PER_SHARD) * VIEWS
+    size = sum(file.stat().st_size for file in out.rglob("*.parquet"))
+    return later / (ended - seen["at"]), size / (textures * VIEWS) / 1e6
+
+
+def jpeg_cost(folder: Path) -> tuple[float, bool]:
+    """The lowest PSNR of a stored render against its uncompressed frame; whether textures are stored as they were."""
+    source, rig = Repeated(folder, 7), load_rig(f"obj:{folder / 'smpl_uv.obj'}")
+    lowest, exact = math.inf, True
+    for texture_id, (encoded, prompt) in enumerate(source[index] for index in range(7)):
+        row, renders = building._build_texture(
+            f"obj:{folder / 'smpl_uv.obj'}",
+            Render(),
+            VIEWS,
+            HEIGHT,
+            WIDTH,
+            0,
+            "",
+            "cpu",
+            texture_id,
+            encoded,
+            prompt,
+            "",
+        )
+        exact &= row["texture"]["bytes"] == encoded
+        texture = texture_pixels(open_image(encoded), 1024)
+        frames = render_texture(rig, texture, Render(), 0, texture_id, list(range(VIEWS)), HEIGHT, WIDTH)
+        for (frame, _), stored in zip(frames, renders):
+            frame = pixels_from_image(image_from_pixels(frame))
+            error = (pixels_from_image(open_image(stored["image"]["bytes"])) - frame) / 2
+            lowest = min(lowest, -10 * error.square().mean().log10().item())
+    return lowest, exact
+
+
+def read_speeds(root: Path, cache_dir: str, rows: int) -> dict[str, float]:
+    """Rows a second with 2 workers, in random order, each loader in turn three times; medians."""
+    loaders = {
+        "ours": ATLASLarge(root, "joint", 512, 224, cache_dir), "three times": DecodesThreeTimes(root, 512, 224)
+    }  # fmt: skip
+    speeds = {name: [] for name in loaders}
+    for repetition in range(3):
+        for name, dataset in loaders.items():
+            order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(repetition))[
+                : rows + 8
+            ].tolist()
+            loader = iter(DataLoader(dataset, batch_size=8, sampler=order, num_workers=2))
+            next(loader)  # the workers have started
+            began = time.perf_counter()
+            read = sum(len(batch["prompt"]) for batch in loader)
+            speeds[name].append(read / (time.perf_counter() - began))
+    return {name: statistics.median(values) for name, values in speeds.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--textures", type=int, default=128)
+    parser.add_argument("--skip-memory", action="store_true", help="leave out the 50 and 500 textures")
+    parser.add_argument("--memory-run", type=int, help=argparse.SUPPRESS)  # what the memory is measured of
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    datasets.disable_progress_bars()
+    with exit_on_user_error(), tempfile.TemporaryDirectory() as work:
+        if args.memory_run:
+            body = f"obj:{args.folder / 'smpl_uv.obj'}"
+            build_dataset(Repeated(args.folder, args.memory_run), body, 1, args.out, HEIGHT, WIDTH, workers=2)
+            return
+        root = Path(work) / "built"
+        rows_per_second, megabytes = build_speed(args.folder, root, args.textures, None)
+        print(f"built        {rows_per_second:8.1f} rows/s after the first shard, {megabytes:.3f} MB a row")
+        psnr, exact = jpeg_cost(args.folder)
+        print(f"renders      {psnr:8.1f} dB at the lowest; textures stored bit for bit: {exact}")
+        speeds = read_speeds(root, str(Path(work) / "cache"), 160)
+        print(f"read         {speeds['ours']:8.1f} rows/s, decoding three times {speeds['three times']:.1f} rows/s")
+        result = {
+            "rows_per_second": round(rows_per_second, 1), "mb_per_row": round(megabytes, 3),
+            "lowest_psnr": round(psnr, 1), "textures_bit_exact": exact,
+            "read_speedup_vs_seed": round(speeds["ours"] / speeds["three times"], 2),
+        }  # fmt: skip
+        if not args.skip_memory:
+            for count in (50, 500):
+                command = [sys.executable, __file__, str(args.folder), "--memory-run", str(count)]
+                result[f"mb_building_{count}"] = round(peak_megabytes([*command, "--out", f"{work}/memory-{count}"]))
+                print(f"memory       {result[f'mb_building_{count}']:8} MB at the most, {count} textures")
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Anny in plausible poses and shapes: standing, walking, sitting, reaching, arms out.
+
+A pose is a dict of bone label → (3,) rotation in degrees about the body's own left (x), up (y) and front (z) axes,
+applied in the order z, y, x at the joint, relative to the resting pose. Angles stay within JOINT_LIMITS.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from render.bodies import load_anny
+
+# Degrees about x, y, z for the left side; the right side mirrors y and z. At rest the arms hang 45 degrees outwards.
+JOINT_LIMITS = {
+    "upperarm01": ((-120, 40), (-40, 40), (-38, 100)),  # x < 0 swings forward, z > 0 raises sideways
+    "lowerarm01": ((-120, 5), (-30, 30), (-10, 10)),
+    "wrist": ((-40, 40), (-20, 20), (-30, 30)),
+    "upperleg01": ((-105, 25), (-30, 30), (-8, 40)),
+    "lowerleg01": ((0, 125), (-5, 5), (-5, 5)),
+    "foot": ((-25, 35), (-15, 15), (-10, 10)),
+    "spine05": ((-10, 25), (-12, 12), (-10, 10)),
+    "spine03": ((-10, 25), (-15, 15), (-12, 12)),
+    "spine01": ((-10, 20), (-15, 15), (-10, 10)),
+    "neck01": ((-20, 25), (-25, 25), (-12, 12)),
+    "head": ((-20, 25), (-30, 30), (-12, 12)),
+}
+SIDED = ("upperarm01", "lowerarm01", "wrist", "upperleg01", "lowerleg01", "foot")
+JOINTS = tuple(
+    name for joint in JOINT_LIMITS for name in ((joint + ".L", joint + ".R") if joint in SIDED else (joint,))
+)
+PHENOTYPE_AXES = ("gender", "age", "muscle", "weight", "height", "proportions")
+FAMILIES = {"standing": 0.35, "walking": 0.25, "reaching": 0.15, "sitting": 0.10, "arms out": 0.15}
+
+
+def sample_pose(rng: np.random.Generator, family: str | None = None) -> dict[str, np.ndarray]:
+    """One pose of a family (drawn by FAMILIES when None)."""
+    family = family or str(rng.choice(list(FAMILIES), p=list(FAMILIES.values())))
+    pose: dict[str, np.ndarray] = {}
+
+    def turn(bone: str, x: float = 0, y: float = 0, z: float = 0, spread: float = 5):
+        side = bone[-2:] if bone[-2:] in (".L", ".R") else ""
+        angles = np.array([x, y, z]) + rng.normal(0, spread, 3)
+        limits = np.array(JOINT_LIMITS[bone.removesuffix(side)])
+        pose[bone] = np.clip(angles, limits[:, 0], limits[:, 1]) * ((1, -1, -1) if side == ".R" else (1, 1, 1))
+
+    for bone in ("spine05", "spine03", "spine01", "neck01"):
+        turn(bone, spread=3)
+    turn("head", y=rng.normal(0, 12))
+    stride = rng.uniform(12, 30) * rng.choice([-1, 1]) if family == "walking" else 0
+    for side, sign in ((".L", 1), (".R", -1)):
+        forward = sign * stride
+        # Legs.
+        if family == "sitting":
+            turn("upperleg01" + side, x=-88, z=rng.uniform(0, 15))
+            turn("lowerleg01" + side, x=rng.uniform(70, 95))
+        else:
+            bend = max(0.0, 8 - forward) * rng.uniform(0.5, 1.2) if stride else rng.uniform(0, 8)
+            turn("upperleg01" + side, x=-forward - bend / 2, z=rng.uniform(0, 8), spread=3)
+            turn("lowerleg01" + side, x=bend, spread=2)
+        turn("foot" + side, spread=3)
+        # Arms.
+        if family == "arms out":
+            turn("upperarm01" + side, z=rng.uniform(20, 50), spread=6)
+            turn("lowerarm01" + side, x=rng.uniform(-10, 0))
+        elif family == "reaching":
+            turn("upperarm01" + side, x=rng.uniform(-110, -10), z=rng.uniform(-20, 70), spread=8)
+            turn("lowerarm01" + side, x=rng.uniform(-70, 0))
+        elif family == "sitting":
+            turn("upperarm01" + side, x=-25, z=-25)
+            turn("lowerarm01" + side, x=-45)
+        else:
+            turn("upperarm01" + side, x=forward * 0.9, z=rng.uniform(-36, -8))
+            turn("lowerarm01" + side, x=-rng.uniform(0, 45))
+        turn("wrist" + side, spread=6)
+    return pose
+
+
+def sample_phenotype(rng: np.random.Generator) -> dict[str, float]:
+    """A body shape on PHENOTYPE_AXES; gender 0 male to 1 female, age 1/3 child, 2/3 adult, 1 old."""
+    return {
+        "gender": float(rng.uniform(0, 1)), "age": float(rng.uniform(0.4, 1.0)), "muscle": float(rng.uniform(0.3, 0.7)),
+        "weight": float(rng.uniform(0.2, 0.8)), "height": float(rng.uniform(0.3, 0.7)),
+        "proportions": float(rng.uniform(0.3, 0.7)),
+    }  # fmt: skip
+
+
+def rotation(degrees: np.ndarray) -> Tensor:
+    """(3,) degrees about x, y, z → (3, 3), z first."""
+    x, y, z = torch.deg2rad(torch.as_tensor(degrees, dtype=torch.float32))
+    one, zero = torch.ones(()), torch.zeros(())
+
+    def matrix(*entries):
+        return torch.stack(entries).view(3, 3)
+
+    about_x = matrix(one, zero, zero, zero, x.cos(), -x.sin(), zero, x.sin(), x.cos())
+    about_y = matrix(y.cos(), zero, y.sin(), zero, one, zero, -y.sin(), zero, y.cos())
+    about_z = matrix(z.cos(), -z.sin(), zero, z.sin(), z.cos(), zero, zero, zero, one)
+    return about_x @ about_y @ about_z
+
+
+@torch.no_grad()
+def anny_vertices(poses: list[dict[str, np.ndarray]], phenotypes: list[dict[str, float]]) -> Tensor:
+    """Poses and shapes → (N, V, 3) metres, y up, looking along +z, the lowest point at y = 0."""
+    model = load_anny()
+    # Ours (left, up, front) in Anny's axes: z up, front along -y.
+    axes = torch.tensor([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])
+    transforms = torch.eye(4).repeat(len(poses), len(model.bone_labels), 1, 1)
+    for row, pose in enumerate(poses):
+        for bone, degrees in pose.items():
+            transforms[row, model.bone_labels.index(bone), :3, :3] = axes @ rotation(degrees) @ axes.T
+    shapes = {axis: torch.tensor([phenotype.get(axis, 0.5) for phenotype in phenotypes]) for axis in PHENOTYPE_AXES}
+    vertices = model(pose_parameters=transforms, phenotype_kwargs=shapes)["vertices"].float() @ axes
+    vertices[..., 1] -= vertices[..., 1].amin(1, keepdim=True)
+    return vertices

@@ -1,0 +1,119 @@
+"""Bodies that can be posed: a rig samples poses and shapes and gives the vertices for them.
+
+Every rig has `body`, the mesh at rest; `sample(rng)`, one pose as plain numbers; and `vertices(poses)`,
+(N, V, 3) metres with the lowest point at y = 0. A pose is a dict of lists and strings, to be stored with a render.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from errors import UserError
+from render.bodies import Body, load_anny_body, read_obj
+from render.poses import FAMILIES, JOINTS, PHENOTYPE_AXES, anny_vertices, sample_phenotype, sample_pose
+from render.smpl import KINDS, load_smpl_body, motion, motion_files, smpl_vertices
+
+
+def load_body(spec: str) -> Body:
+    """Body from a spec: "anny" (the free embedded body), "obj:PATH" (any mesh with UVs, y up), or the user's own
+    "smpl:PATH", "smplh:PATH", "smplx:PATH" (a model file or a folder of them, its UV template beside it or after a
+    comma).
+
+    Raises UserError when the spec is unknown, a file is missing, or the mesh cannot carry a texture.
+    """
+    kind, _, path = spec.partition(":")
+    if spec == "anny":
+        return load_anny_body()
+    if kind == "obj" and path:
+        return read_obj(path)
+    if kind in KINDS and path:
+        return load_smpl_body(spec)
+    raise UserError(f"unknown body {spec!r}: use anny, obj:PATH, smpl:PATH, smplh:PATH or smplx:PATH")
+
+
+class StillRig:
+    """A mesh that cannot be posed."""
+
+    def __init__(self, spec: str):
+        self.body = load_body(spec)
+
+    def sample(self, rng: np.random.Generator) -> dict:
+        return {"pose": [], "shape": [], "gender": ""}
+
+    def named_pose(self, name: str, seed: int) -> dict:
+        """The pose that a user names. Raises UserError when this body has none of that name."""
+        if name != "rest":
+            raise UserError(f"pose {name!r}: this body can only rest; anny and SMPL bodies can be posed")
+        return {"pose": [], "shape": [], "gender": ""}
+
+    def vertices(self, poses: list[dict]) -> Tensor:
+        """(N, V, 3) for N poses; an empty pose rests."""
+        return self.body.vertices.expand(len(poses), -1, -1)
+
+
+class AnnyRig(StillRig):
+    """pose: three angles in degrees for each of poses.JOINTS; shape: Anny's six phenotype axes in [0, 1]."""
+
+    def sample(self, rng: np.random.Generator) -> dict:
+        return {**_plain(sample_pose(rng)), "shape": list(sample_phenotype(rng).values())}
+
+    def named_pose(self, name: str, seed: int) -> dict:
+        if name == "rest":
+            return super().named_pose(name, seed)
+        if name not in FAMILIES:
+            raise UserError(f"unknown pose {name!r}: use rest, {', '.join(FAMILIES)}")
+        return _plain(sample_pose(np.random.default_rng(seed), name))
+
+    def vertices(self, poses: list[dict]) -> Tensor:
+        angles = [dict(zip(JOINTS, np.array(pose["pose"]).reshape(-1, 3))) for pose in poses]
+        return anny_vertices(angles, [dict(zip(PHENOTYPE_AXES, pose["shape"])) for pose in poses])
+
+
+def _plain(pose: dict[str, np.ndarray]) -> dict:
+    """A pose of poses.sample_pose as one list, joint after joint."""
+    angles = [angle for joint in JOINTS for angle in pose.get(joint, np.zeros(3)).tolist()]
+    return {"pose": angles, "shape": [], "gender": ""}
+
+
+class SmplRig(StillRig):
+    """pose: (156,) axis-angle, root, body and hands; shape: betas. From AMASS, or at rest with shapes of their own."""
+
+    def __init__(self, spec: str, motions: str | None):
+        super().__init__(spec)
+        self.spec, self.motions = spec, motions
+
+    def sample(self, rng: np.random.Generator) -> dict:
+        if self.motions is None:
+            pose, betas, gender = np.zeros(156, np.float32), rng.normal(0, 1, 10).clip(-2, 2), "neutral"
+        else:
+            files = motion_files(self.motions)
+            frames, betas, gender = motion(files[rng.integers(len(files))])
+            pose = frames[rng.integers(len(frames))]
+        return {"pose": pose.tolist(), "shape": [float(beta) for beta in betas], "gender": gender}
+
+    def named_pose(self, name: str, seed: int) -> dict:
+        if name == "rest":
+            return {"pose": [0.0] * 156, "shape": [0.0] * 10, "gender": "neutral"}
+        frames, betas, gender = motion(Path(name))
+        frame = frames[np.random.default_rng(seed).integers(len(frames))]
+        return {"pose": frame.tolist(), "shape": betas.tolist(), "gender": gender}
+
+    def vertices(self, poses: list[dict]) -> Tensor:
+        stacked = (np.array([pose[key] for pose in poses], np.float32) for key in ("pose", "shape"))
+        return smpl_vertices(self.spec, *stacked, [pose["gender"] for pose in poses])
+
+
+def load_rig(spec: str, poses: str = "own") -> StillRig:
+    """A body's rig. poses: "rest", "own" (the body's own sampler), or a folder of AMASS motions (SMPL family).
+
+    Raises UserError when the body cannot take such poses.
+    """
+    kind = spec.partition(":")[0]
+    if poses not in ("own", "rest") and kind not in KINDS:
+        raise UserError(f"body {spec!r} cannot take the motions of {poses!r}; set data.render.poses to own or rest")
+    if kind in KINDS:
+        if poses not in ("own", "rest"):
+            motion_files(poses)
+        return SmplRig(spec, None if poses in ("own", "rest") else poses)
+    return AnnyRig(spec) if spec == "anny" and poses == "own" else StillRig(spec)
