@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from base_model import BaseModel, load_base, pick_device
@@ -19,26 +20,83 @@ from errors import UserError, reason
 from lora_utils import LORA_FILE, all_finite, load_lora, lora_parameters, save_lora
 
 CONFIG_FILE, ALIGNER_FILE, STATE_FILE = "config.yaml", "aligner.safetensors", "training_state.json"
+RESUME_FILE = "training_state.pt"
 
 
-def save_checkpoint(folder: Path, cfg: Config, task: str, global_step: int, unet, aligner: nn.Module | None) -> None:
-    """Writes LoRA, aligner (unless None), the resolved configuration and the step. Raises UserError on NaN weights."""
+def save_checkpoint(
+    folder: Path, cfg: Config, task: str, global_step: int, unet, aligner: nn.Module | None, state: dict | None = None
+) -> None:
+    """Writes LoRA, aligner (unless None), the resolved configuration, the step, and what resuming needs (unless None).
+
+    Raises UserError on NaN weights or a full disk: no half checkpoint is left, and earlier ones stay.
+    """
     trained = lora_parameters(unet) + (list(aligner.parameters()) if aligner else [])
     if not all_finite(trained):
         raise UserError(f"weights at step {global_step} are not finite: {folder} is not written, earlier checkpoints "
                         "are whole; lower the learning rate")  # fmt: skip
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_lora(unet, partial)
-    if aligner is not None:
-        state = {key: value.detach().cpu().contiguous() for key, value in aligner.state_dict().items()}
-        metadata = {key: str(value) for key, value in cfg.model.aligner.model_dump().items()}
-        safetensors.torch.save_file(state, partial / ALIGNER_FILE, metadata)
-    save_config(cfg, partial / CONFIG_FILE)
-    (partial / STATE_FILE).write_text(json.dumps({"task": task, "global_step": global_step}) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    try:
+        partial.mkdir(parents=True)
+        save_lora(unet, partial)
+        if aligner is not None:
+            weights = {key: value.detach().cpu().contiguous() for key, value in aligner.state_dict().items()}
+            metadata = {key: str(value) for key, value in cfg.model.aligner.model_dump().items()}
+            safetensors.torch.save_file(weights, partial / ALIGNER_FILE, metadata)
+        if state is not None:
+            torch.save(state, partial / RESUME_FILE)
+        save_config(cfg, partial / CONFIG_FILE)
+        (partial / STATE_FILE).write_text(json.dumps({"task": task, "global_step": global_step}) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        needed = sum(parameter.numel() * 4 for parameter in trained) * (1 if state is None else 4) / 1e6
+        raise UserError(
+            f"cannot write {folder} ({reason(error)}): a checkpoint takes {needed:.0f} MB; earlier checkpoints are "
+            "whole, --resume auto goes on from the last"
+        ) from error
+
+
+def drop_old_checkpoints(run_dir: Path, keep_last: int | None) -> None:
+    """Deletes all but the last `keep_last` checkpoints of a run; None keeps all."""
+    if keep_last:
+        for folder in sorted(run_dir.glob("step-*"))[:-keep_last]:
+            shutil.rmtree(folder)
+
+
+def newest_state(run_dir: Path) -> Path | None:
+    """The checkpoint of a run with the most steps that can be resumed; one that lacks a file is passed over."""
+    for folder in sorted(run_dir.glob("step-*"), reverse=True):
+        missing = [name for name in (CONFIG_FILE, LORA_FILE, STATE_FILE, RESUME_FILE) if not (folder / name).is_file()]
+        if not missing:
+            return folder
+        print(f"warning: {folder} lacks {', '.join(missing)} and is passed over", file=sys.stderr)
+    return None
+
+
+def load_state(folder: Path, cfg: Config, task: str) -> dict:
+    """What a checkpoint holds for resuming. Raises UserError when it is of another run or cannot be read."""
+    if not (folder / RESUME_FILE).is_file():
+        raise UserError(f"{folder} cannot be resumed: it has no {RESUME_FILE}; give a step-* folder of training")
+    saved, now = load_config(folder / CONFIG_FILE).model_dump(), cfg.model_dump()
+    pairs = {"model": (saved["model"], now["model"]), "training.seed": (saved["training"]["seed"], cfg.training.seed)}
+    for key in ("batch_size", "effective_batch_size", "weight_decay"):
+        pairs[f"training.{task}.{key}"] = (saved["training"][task][key], now["training"][task][key])
+    for key, (before, after) in pairs.items():
+        if before != after:
+            changed = [name for name in after if before[name] != after[name]] if isinstance(after, dict) else []
+            name = ".".join([key, *changed[:1]])
+            before, after = (part[changed[0]] if changed else part for part in (before, after))
+            raise UserError(f"{folder} was trained with {name} {before}, not {after}; resume with the same settings")
+    try:
+        state = torch.load(folder / RESUME_FILE, map_location="cpu", weights_only=True)
+        saved_task = json.loads((folder / STATE_FILE).read_text())["task"]
+    except Exception as error:  # pickle, zip and JSON each have their own errors
+        raise UserError(f"cannot read {folder} ({reason(error)}); resume from an earlier checkpoint") from error
+    if saved_task != task:
+        raise UserError(f"{folder} is of task {saved_task}, not {task}")
+    return state
 
 
 def newest_checkpoint(out_dir: str | Path) -> Path:

@@ -110,6 +110,7 @@ class Training(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "auto"  # auto: CUDA where there is one
     mixed_precision: Precision = "auto"  # auto: bf16 where the hardware has it
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 5  # in a row, for a gradient that is not finite; more end the run
     joint: Schedule = Schedule()
     t2uv: Schedule = Schedule()
     i2uv: Schedule = Schedule()
@@ -185,6 +186,7 @@ class Output(Section):
     log_dir: str = "logs"
     log_every: Positive = 10  # steps
     save_every: Positive = 500
+    keep_last: Positive | None = None  # checkpoints of a run; null: all
     sample_every: Positive = 500
     sample_prompts: list[str] = []  # besides pictures of the data set, for the grid in TensorBoard
 
@@ -281,13 +283,15 @@ def dotted_overrides(unknown: list[str]) -> list[str]:
     return overrides
 
 
-def parse_training_args(description: str) -> tuple[Config, bool]:
-    """The command line of the training scripts → (configuration, whether this is a dry run)."""
+def parse_training_args(description: str) -> tuple[Config, dict]:
+    """The command line of the training scripts → (configuration, the other arguments of training.train)."""
     parser = argparse.ArgumentParser(
         description=description,
         epilog="Any key of the config can be set: --training.joint.max_steps=200. Keys: " + ", ".join(known_keys()),
     )
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="check everything, load one batch, report, stop")
+    parser.add_argument("--resume", metavar="auto|DIR", help="go on from the newest checkpoint, or from this one")
     args, unknown = parser.parse_known_args()
-    return load_config(args.config, dotted_overrides(unknown)), args.dry_run
+    cfg = load_config(args.config, dotted_overrides(unknown))
+    return cfg, {"dry_run": args.dry_run, "resume": args.resume}

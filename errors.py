@@ -3,6 +3,8 @@
 import contextlib
 import sys
 
+STOPPED = 75  # exit status of a run that was asked to stop, saved, and can go on
+
 
 class UserError(ValueError):
     """Something the user gave is wrong; the message says what, and what to do."""

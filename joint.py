@@ -10,8 +10,8 @@ from training import train
 
 def main():
     with exit_on_user_error():
-        cfg, dry_run = parse_training_args(__doc__)
-        train(cfg, "joint", dry_run)
+        cfg, options = parse_training_args(__doc__)
+        train(cfg, "joint", **options)
 
 
 if __name__ == "__main__":

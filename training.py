@@ -3,10 +3,14 @@
 A batch flows: texture → latents → noisy_latents → noise_pred → a loss for each condition → one optimiser step.
 """
 
+import itertools
 import math
+import signal
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -21,7 +25,7 @@ from tqdm import tqdm
 from atlas_dataset.building import build_dataset
 from atlas_dataset.dataset import ATLASLarge, ProceduralTextures, fingerprint
 from base_model import BaseModel, load_base, pick_device
-from checkpoints import TrainedModel, save_checkpoint
+from checkpoints import TrainedModel, drop_old_checkpoints, load_state, newest_state, save_checkpoint
 from conditioning import drop_conditions, encode_images, encode_prompts, make_aligner
 from configuration import Config, Schedule, dump_config
 from diffusion import (
@@ -32,7 +36,7 @@ from diffusion import (
     sample_posterior,
     training_target,
 )
-from errors import UserError
+from errors import STOPPED, UserError
 from files import check_writable
 from generation import condition, generate
 from images import image_from_pixels
@@ -45,19 +49,67 @@ POSTERIORS_KEPT = 1024  # in memory; 0.3 MB each at 512 pixels
 LOSS_NAME = {"text": "loss/t2uv", "image": "loss/i2uv"}
 
 
-def train(cfg: Config, task: str, dry_run: bool = False) -> Path | None:
-    """Trains LoRA and aligner on one task and returns the last checkpoint (None after a dry run).
-
-    task: "t2uv", "i2uv" or "joint". Raises UserError for what the configuration or its files have wrong.
+@dataclass
+class Run:
+    """One training run: a frozen base, what is trained on it, and on what. Everything a checkpoint must bring back is
+    in `parameters`, `optimizer`, `lr_scheduler`, `scaler` and `global_step`; all else follows from the configuration.
     """
+
+    cfg: Config
+    task: str
+    base: BaseModel
+    aligner: torch.nn.Module | None
+    parameters: list[torch.nn.Parameter]  # of LoRA and aligner, float32
+    dataset: ATLASLarge
+    body: Body
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    precision: torch.dtype | None
+    total_steps: int
+    global_step: int = 0
+    skipped: int = 0  # steps in a row whose gradient was not finite
+
+    @property
+    def schedule(self) -> Schedule:
+        return getattr(self.cfg.training, self.task)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches in one optimiser step."""
+        return self.schedule.effective_batch_size // self.schedule.batch_size
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.cfg.output.out_dir) / self.task
+
+    def state(self) -> dict:
+        """What `restore` needs, in types that torch.load(weights_only=True) reads."""
+        return {
+            "parameters": [parameter.detach().cpu() for parameter in self.parameters],
+            "optimizer": self.optimizer.state_dict(), "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(), "global_step": self.global_step, "skipped": self.skipped,
+        }  # fmt: skip
+
+    def restore(self, state: dict) -> None:
+        with torch.no_grad():
+            for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
+                parameter.copy_(saved)
+        for name in ("optimizer", "lr_scheduler", "scaler"):
+            getattr(self, name).load_state_dict(state[name])
+        self.global_step, self.skipped = state["global_step"], state["skipped"]
+
+
+def set_up(cfg: Config, task: str) -> Run:
+    """Everything for a run at step 0. Raises UserError for what the configuration or its files have wrong."""
     schedule = getattr(cfg.training, task)
     device = pick_device(cfg.training.device)
     precision = resolve_precision(cfg.training.mixed_precision, device)
-    weight_dtype = frozen_dtype(precision, device)
 
     # What is trained: LoRA and aligner in float32, on a frozen base.
     torch.manual_seed(cfg.training.seed)
-    base = load_base(cfg.model.pretrained_model, cfg.model.image_encoder, device, weight_dtype, cfg.model.attention)
+    dtype = frozen_dtype(precision, device)
+    base = load_base(cfg.model.pretrained_model, cfg.model.image_encoder, device, dtype, cfg.model.attention)
     parameters = add_lora(base.unet, cfg.model.lora)
     aligner = make_aligner(cfg.model.aligner, base) if "image" in CONDITIONS[task] else None
     groups = [{"params": list(parameters)}]
@@ -74,19 +126,9 @@ def train(cfg: Config, task: str, dry_run: bool = False) -> Path | None:
     # What it is trained on.
     dataset = open_dataset(cfg, task, base)
     cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"body": cfg.data.body or dataset.body})})
-    body = load_body(cfg.data.body)
-    accumulation = schedule.effective_batch_size // schedule.batch_size
     if len(dataset) < schedule.batch_size:
         raise UserError(f"training.{task}.batch_size is {schedule.batch_size} but the data set has {len(dataset)} rows")
     total_steps = schedule.max_steps or max(1, schedule.num_epochs * len(dataset) // schedule.effective_batch_size)
-    batches = iter(
-        DataLoader(
-            dataset,
-            batch_sampler=shuffled_batches(len(dataset), schedule.batch_size, cfg.training.seed),
-            num_workers=cfg.data.num_workers,
-            pin_memory=device.type == "cuda",
-        )
-    )
 
     optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
     kind = "constant_with_warmup" if schedule.lr_scheduler == "constant" else schedule.lr_scheduler
@@ -94,62 +136,138 @@ def train(cfg: Config, task: str, dry_run: bool = False) -> Path | None:
         kind, optimizer, num_warmup_steps=schedule.lr_warmup_steps, num_training_steps=total_steps
     )
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    run_dir = Path(cfg.output.out_dir) / task
+    return Run(
+        cfg, task, base, aligner, parameters, dataset, load_body(cfg.data.body), optimizer, lr_scheduler, scaler,
+        precision, total_steps,
+    )  # fmt: skip
+
+
+def train(cfg: Config, task: str, dry_run: bool = False, resume: str | None = None) -> Path | None:
+    """Trains LoRA and aligner on one task and returns the last checkpoint (None after a dry run).
+
+    task: "t2uv", "i2uv" or "joint". resume: a checkpoint's folder, or "auto" for the newest of this task, if there is
+    one: the run goes on as if it had never stopped. SIGTERM and Ctrl-C save and raise SystemExit(STOPPED). Raises
+    UserError for what the configuration or its files have wrong.
+    """
+    run = set_up(cfg, task)
+    cfg, schedule, checkpoint = run.cfg, run.schedule, None
+    if resume:
+        checkpoint = newest_state(run.folder) if resume == "auto" else Path(resume)
+        if checkpoint:
+            run.restore(load_state(checkpoint, cfg, task))
     print(dump_config(cfg))
-    print(report(cfg, task, base, aligner, parameters, len(dataset), total_steps, device, precision))
+    print(report(run))
+    print(f"resume    {checkpoint} at step {run.global_step}" if checkpoint else "resume    no: from the start")
+    batches = iter(
+        DataLoader(
+            run.dataset,
+            batch_sampler=shuffled_batches(
+                len(run.dataset), schedule.batch_size, cfg.training.seed, start=run.global_step * run.accumulation
+            ),
+            num_workers=cfg.data.num_workers,
+            pin_memory=run.base.device.type == "cuda",
+        )
+    )
     if dry_run:
-        print(estimate(next_batch(batches), cfg, task, base, aligner, parameters, total_steps, precision))
+        print(estimate(next_batch(batches), run))
         return None
-    check_writable(run_dir)
+    check_writable(run.folder)
     check_writable(cfg.output.log_dir)
     writer = SummaryWriter(Path(cfg.output.log_dir) / f"{task}-{time.strftime('%Y%m%d-%H%M%S')}")
     writer.add_text("config", "```\n" + cfg.model_dump_json(indent=2) + "\n```")
 
-    checkpoint = None
-    running, samples, clock = defaultdict(float), 0, time.perf_counter()
-    progress = tqdm(range(1, total_steps + 1), desc=task, unit="step")
-    for global_step in progress:
-        for micro_step in range(accumulation):
-            batch = next_batch(batches)
-            generator = step_generator(cfg.training.seed, global_step, micro_step)
-            for losses in batch_losses(batch, task, cfg, base, aligner, precision, generator):
-                # Backward before the next condition's forward: one UNet graph is alive at a time.
-                scaler.scale(losses["loss/combined"] / accumulation).backward()
-                for name, loss in losses.items():
-                    running[name] += loss.item() / accumulation
-                samples += len(batch["texture"])
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, schedule.max_grad_norm)
-        if not scaler.is_enabled() and not norm.isfinite():  # with fp16 the scaler skips such a step and goes on
-            raise diverged(task, global_step, checkpoint)
-        scaler.step(optimizer)
-        scaler.update()
-        learning_rate = lr_scheduler.get_last_lr()[0]
-        lr_scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
+    running, samples, clock = defaultdict(list), 0, time.perf_counter()
+    progress = tqdm(range(run.global_step + 1, run.total_steps + 1), desc=task, unit="step",
+                    initial=run.global_step, total=run.total_steps)  # fmt: skip
+    with StopRequest() as stop:
+        for global_step in progress:
+            losses, prompts = optimizer_step(run, global_step, batches)
+            if run.skipped > cfg.training.max_skipped_steps:
+                raise diverged(run, global_step, checkpoint, prompts)
+            run.global_step = global_step
+            samples += schedule.effective_batch_size * len(CONDITIONS[task])
+            for name, value in losses.items():
+                running[name].append(value)
 
-        if global_step % cfg.output.log_every == 0 or global_step == total_steps:
-            steps = (global_step - 1) % cfg.output.log_every + 1
-            averages = {name: value / steps for name, value in running.items()}
-            if not all(math.isfinite(value) for value in averages.values()):
-                raise diverged(task, global_step, checkpoint)
-            for name, value in averages.items():
-                writer.add_scalar(name, value, global_step)
-            writer.add_scalar("learning_rate", learning_rate, global_step)
-            writer.add_scalar("samples_per_second", samples / (time.perf_counter() - clock), global_step)
-            progress.set_postfix({name.removeprefix("loss/"): f"{value:.3f}" for name, value in averages.items()})
-            running, samples, clock = defaultdict(float), 0, time.perf_counter()
-        if global_step % cfg.output.save_every == 0 or global_step == total_steps:
-            checkpoint = run_dir / f"step-{global_step:06d}"
-            save_checkpoint(checkpoint, cfg, task, global_step, base.unet, aligner)
-        if global_step % cfg.output.sample_every == 0 or global_step == total_steps:
-            paused = time.perf_counter()
-            grid = sample_grid(TrainedModel(base, aligner, cfg), dataset, body, task, precision)
-            writer.add_image("samples", grid, global_step)
-            clock += time.perf_counter() - paused
+            is_last = global_step == run.total_steps
+            if global_step % cfg.output.log_every == 0 or is_last:
+                running["samples_per_second"] = [samples / (time.perf_counter() - clock)]
+                averages = {name: sum(values) / len(values) for name, values in running.items()}
+                for name, value in averages.items():
+                    writer.add_scalar(name, value, global_step)
+                progress.set_postfix({
+                    name.removeprefix("loss/"): f"{value:.3f}" for name, value in averages.items() if "loss/" in name
+                })  # fmt: skip
+                running, samples, clock = defaultdict(list), 0, time.perf_counter()
+            if global_step % cfg.output.save_every == 0 or is_last or stop.requested:
+                checkpoint = run.folder / f"step-{global_step:06d}"
+                save_checkpoint(checkpoint, cfg, task, global_step, run.base.unet, run.aligner, run.state())
+                drop_old_checkpoints(run.folder, cfg.output.keep_last)
+            if stop.requested and not is_last:
+                writer.close()
+                print(f"stopped at step {global_step}, saved in {checkpoint}; --resume auto goes on")
+                raise SystemExit(STOPPED)
+            if global_step % cfg.output.sample_every == 0 or is_last:
+                paused = time.perf_counter()
+                grid = sample_grid(TrainedModel(run.base, run.aligner, cfg), run.dataset, run.body, task, run.precision)
+                writer.add_image("samples", grid, global_step)
+                clock += time.perf_counter() - paused
     writer.close()
     print(f"checkpoint: {checkpoint}")
     return checkpoint
+
+
+def optimizer_step(run: Run, global_step: int, batches: Iterator[dict]) -> tuple[dict[str, float], list[str]]:
+    """One step over `accumulation` micro-batches → the mean of each loss, and the prompts that were trained on.
+
+    A gradient that is not finite changes nothing and is counted in run.skipped.
+    """
+    losses, prompts = defaultdict(float), []
+    whole_step = step_generator(run.cfg.training.seed, global_step, run.accumulation)
+    torch.manual_seed(whole_step.initial_seed())  # LoRA's dropout draws from there
+    for micro_step in range(run.accumulation):
+        batch = next_batch(batches)
+        prompts += batch["prompt"]
+        generator = step_generator(run.cfg.training.seed, global_step, micro_step)
+        for found in batch_losses(batch, run.task, run.cfg, run.base, run.aligner, run.precision, generator):
+            # Backward before the next condition's forward: one UNet graph is alive at a time.
+            run.scaler.scale(found["loss/combined"] / run.accumulation).backward()
+            for name, loss in found.items():
+                losses[name] += loss.item() / run.accumulation
+    run.scaler.unscale_(run.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.schedule.max_grad_norm)
+    losses["learning_rate"] = run.lr_scheduler.get_last_lr()[0]
+    if norm.isfinite():
+        losses["gradient_norm"], run.skipped = norm.item(), 0
+        run.scaler.step(run.optimizer)
+    else:
+        losses, run.skipped = {"learning_rate": losses["learning_rate"]}, run.skipped + 1
+    losses["skipped_steps"] = float(run.skipped > 0)
+    run.scaler.update()
+    run.lr_scheduler.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return losses, prompts
+
+
+class StopRequest:
+    """Notes the first SIGTERM or Ctrl-C instead of ending at once; a second Ctrl-C ends at once."""
+
+    requested = False
+
+    def __enter__(self):
+        self.earlier = {}
+        if threading.current_thread() is threading.main_thread():  # only there can signals be handled
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.earlier[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number, frame):
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_):
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)
 
 
 def batch_losses(
@@ -198,23 +316,25 @@ def batch_losses(
 def posteriors(base: BaseModel, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation of each texture's latents, (B, 4, H/8, W/8); the last POSTERIORS_KEPT are remembered.
 
-    A texture comes back with each of its renders and each epoch, and its posterior does not change.
+    A texture comes back with each of its renders and each epoch, and its posterior does not change. Each is encoded
+    by itself: beside others its last bits could differ, and a resumed run would not equal an undisturbed one.
     """
     known, ids = base.posteriors, batch["texture_id"].tolist()
     missing = {texture_id: row for row, texture_id in enumerate(ids) if texture_id not in known}
-    if missing:
-        encoded = encode_posterior(base.vae, batch["texture"][list(missing.values())].to(base.device))
-        known.update(zip(missing, zip(*encoded)))
+    for texture_id, row in missing.items():
+        mean, std = encode_posterior(base.vae, batch["texture"][row : row + 1].to(base.device))
+        known[texture_id] = mean[0], std[0]
     mean, std = (torch.stack(part) for part in zip(*(known[texture_id] for texture_id in ids)))
     while len(known) > POSTERIORS_KEPT:
         del known[next(iter(known))]
     return mean, std
 
 
-def diverged(task: str, global_step: int, checkpoint: Path | None) -> UserError:
+def diverged(run: Run, global_step: int, checkpoint: Path | None, prompts: list[str]) -> UserError:
+    shown = "; ".join(prompts[:4]) + ("; ..." if len(prompts) > 4 else "")
     return UserError(
-        f"the loss or its gradient is not finite at step {global_step}; lower training.{task}.learning_rate. "
-        f"The last checkpoint is {checkpoint or 'not yet written'}"
+        f"the gradient was not finite in {run.skipped} steps in a row, up to step {global_step} on the rows {shown!r}; "
+        f"lower training.{run.task}.learning_rate. The last good checkpoint is {checkpoint or 'not yet written'}"
     )
 
 
@@ -232,18 +352,21 @@ def step_generator(seed: int, global_step: int, micro_step: int) -> torch.Genera
     return torch.Generator().manual_seed(int(words[0] >> 1))
 
 
-def shuffled_batches(rows: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Batches of row numbers without end: each epoch its own order, a remainder goes on into the next epoch.
+def shuffled_batches(rows: int, batch_size: int, seed: int, start: int = 0) -> Iterator[list[int]]:
+    """Batches start, start + 1, ... of row numbers without end: each epoch its own order, a remainder goes on into
+    the next epoch.
 
     Epoch e has the numbers e * rows .. (e + 1) * rows - 1: the data set takes them for the same rows again.
     """
-    queue, epoch = [], 0
-    while True:
-        while len(queue) < batch_size:
-            queue += (epoch * rows + np.random.default_rng([seed, epoch]).permutation(rows)).tolist()
-            epoch += 1
-        yield queue[:batch_size]
-        queue = queue[batch_size:]
+    order, known = None, None
+    for batch in itertools.count(start):
+        numbers = []
+        for position in range(batch * batch_size, (batch + 1) * batch_size):
+            epoch, place = divmod(position, rows)
+            if epoch != known:
+                order, known = np.random.default_rng([seed, epoch]).permutation(rows), epoch
+            numbers.append(epoch * rows + int(order[place]))
+        yield numbers
 
 
 def open_dataset(cfg: Config, task: str, base: BaseModel) -> ATLASLarge:
@@ -277,23 +400,22 @@ def open_dataset(cfg: Config, task: str, base: BaseModel) -> ATLASLarge:
     return dataset
 
 
-def report(cfg, task, base, aligner, parameters, rows, total_steps, device, precision) -> str:
+def report(run: Run) -> str:
     """The run in a few lines: what is trained, on what, for how long."""
-    count = {name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in base.modules().items()}
-    trained = sum(p.numel() for p in parameters) / 1e6
-    in_aligner = sum(p.numel() for p in aligner.parameters()) / 1e6 if aligner else 0.0
-    schedule: Schedule = getattr(cfg.training, task)
+    cfg, rows, step_rows = run.cfg, len(run.dataset), run.schedule.effective_batch_size
+    count = {name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in run.base.modules().items()}
+    trained = sum(p.numel() for p in run.parameters) / 1e6
+    in_aligner = sum(p.numel() for p in run.aligner.parameters()) / 1e6 if run.aligner else 0.0
     return "\n".join([
         f"base      {cfg.model.pretrained_model}: " + ", ".join(f"{name} {size:.1f} M" for name, size in count.items()),
         f"trained   {trained:.2f} M parameters: LoRA {trained - in_aligner:.2f} M, aligner {in_aligner:.2f} M",
         f"data      {cfg.data.dataset}: {rows} rows",
-        f"steps     {total_steps} of {schedule.effective_batch_size} rows "
-        f"({total_steps * schedule.effective_batch_size / rows:.1f} epochs)",
-        f"device    {device}, autocast {precision or 'off'}",
+        f"steps     {run.total_steps} of {step_rows} rows ({run.total_steps * step_rows / rows:.1f} epochs)",
+        f"device    {run.base.device}, autocast {run.precision or 'off'}",
     ])  # fmt: skip
 
 
-def estimate(batch: dict, cfg: Config, task: str, base: BaseModel, aligner, parameters, total_steps, precision) -> str:
+def estimate(batch: dict, run: Run) -> str:
     """Memory and disk of a run, counted: weights, optimiser, and what the backward of one and of two rows keeps."""
 
     def kept_by(rows: int) -> int:
@@ -305,28 +427,28 @@ def estimate(batch: dict, cfg: Config, task: str, base: BaseModel, aligner, para
 
         part, largest = {key: value[:rows] for key, value in batch.items()}, 0
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            generator = step_generator(cfg.training.seed, 1, 0)
-            for losses in batch_losses(part, task, cfg, base, aligner, precision, generator):
+            generator = step_generator(run.cfg.training.seed, 1, 0)
+            for losses in batch_losses(part, run.task, run.cfg, run.base, run.aligner, run.precision, generator):
                 losses["loss/combined"].backward()
                 largest = max(largest, sum(kept.values()))
                 kept.clear()
         return largest
 
-    schedule: Schedule = getattr(cfg.training, task)
-    one = kept_by(1)
+    schedule, one = run.schedule, kept_by(1)
     a_row = kept_by(2) - one if schedule.batch_size > 1 else 0  # what weights keep does not grow with the rows
-    frozen = sum(p.numel() * p.element_size() for module in base.modules().values() for p in module.parameters())
-    trained = sum(p.numel() * p.element_size() for p in parameters)
+    frozen = sum(p.numel() * p.element_size() for module in run.base.modules().values() for p in module.parameters())
+    trained = sum(p.numel() * p.element_size() for p in run.parameters)
     memory = {
         "frozen weights": frozen,
         "trained weights, gradients and AdamW": 4 * trained,
         f"activations of {schedule.batch_size} rows": one + a_row * (schedule.batch_size - 1),
     }
-    checkpoints = math.ceil(total_steps / cfg.output.save_every)
+    checkpoints = math.ceil(run.total_steps / run.cfg.output.save_every)
+    checkpoints = min(checkpoints, run.cfg.output.keep_last or checkpoints)
     parts = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in memory.items())
     return "\n".join([
         f"memory    {sum(memory.values()) / 1e9:.2f} GB: {parts}",
-        f"disk      {checkpoints * trained / 1e6:.1f} MB: {checkpoints} checkpoints of {trained / 1e6:.1f} MB",
+        f"disk      {checkpoints * 4 * trained / 1e6:.1f} MB: {checkpoints} checkpoints of {4 * trained / 1e6:.1f} MB",
         "dry run: one batch went through; nothing was trained",
     ])  # fmt: skip
 

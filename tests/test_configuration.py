@@ -83,7 +83,10 @@ def test_known_keys_have_the_seeds_spelling():
         (["--data.render.azimuth=[9,3]"], "write [low, high]"),
         (["--data.render.fill=0.5"], "data.render.fill"),
         (["--data.render.backgrounds.pictures=1"], "needs background_folder"),
-        (["--data.render.backgrounds={plain: 0, gradient: 0, noise: 0}"], "give at least one a weight"),
+        (
+            [f"--data.render.backgrounds.{kind}=0" for kind in ("plain", "gradient", "noise")],
+            "give at least one a weight",
+        ),
         (["--data.render.poses=amass"], "cannot take the motions"),
         (["--model.lora.target_modules=[nonsense]"], "model.lora.target_modules"),
         (["--steps"], "unknown argument"),

@@ -45,7 +45,8 @@ def test_scripts_train_save_and_infer(task, make_config, tmp_path, run_script, m
     logged = scalars(tmp_path / "logs")
     losses = {"t2uv": {"loss/t2uv"}, "i2uv": {"loss/i2uv", "loss/align"},
               "joint": {"loss/t2uv", "loss/i2uv", "loss/align"}}  # fmt: skip
-    assert set(logged) == {*losses[task], "loss/combined", "learning_rate", "samples_per_second"}
+    rest = {"loss/combined", "learning_rate", "samples_per_second", "gradient_norm", "skipped_steps"}
+    assert set(logged) == losses[task] | rest
     assert all(len(values) == 3 for values in logged.values())
 
     source = (
@@ -64,9 +65,9 @@ def test_only_lora_and_aligner_move_and_they_all_do(task, make_config, monkeypat
     caught = {}
     original = training.save_checkpoint
 
-    def spy(folder, cfg, task, step, unet, aligner):
+    def spy(folder, cfg, task, step, unet, aligner, state):
         caught.update(unet=unet, aligner=aligner)
-        return original(folder, cfg, task, step, unet, aligner)
+        return original(folder, cfg, task, step, unet, aligner, state)
 
     monkeypatch.setattr(training, "save_checkpoint", spy)
     bases = []
@@ -120,7 +121,7 @@ def test_step_arithmetic_is_pinned(make_config, base):
         schedule = cfg.training.joint
         expected = part.get("loss/t2uv", 0) * schedule.alpha + part.get("loss/i2uv", 0) * schedule.beta
         assert torch.allclose(combined, expected + part.get("loss/align", 0) * schedule.gamma)
-    golden = {"loss/t2uv": 1.064, "loss/i2uv": 0.984, "loss/align": 1.898}
+    golden = {"loss/t2uv": 1.064, "loss/i2uv": 0.984, "loss/align": 1.891}
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(golden, abs=2e-3)
 
 
@@ -233,10 +234,10 @@ def test_two_runs_are_equal_to_the_bit(make_config, tmp_path):
 def test_batches_visit_every_row_each_epoch():
     batches = shuffled_batches(10, 4, seed=1)
     rows = [row for _ in range(5) for row in next(batches)]
-    assert sorted(rows[:10]) == list(range(10)) and sorted(rows[10:]) == list(range(10, 20)), (
-        "each epoch its own numbers"
-    )
+    assert sorted(rows[:10]) == list(range(10)) and sorted(rows[10:]) == list(range(10, 20)), "each its own numbers"
     assert rows[:10] != [row - 10 for row in rows[10:]], "and its own order"
+    later = shuffled_batches(10, 4, seed=1, start=3)
+    assert [row for _ in range(2) for row in next(later)] == rows[12:], "from any batch on"
 
 
 def test_training_on_renders_made_online(make_config, dataset_dir, tmp_path):
@@ -289,8 +290,10 @@ def test_a_diverging_run_stops_and_keeps_the_last_checkpoint(make_config, tmp_pa
             yield {name: loss * float("nan") if len(calls) > 2 else loss for name, loss in losses.items()}
 
     monkeypatch.setattr(training, "batch_losses", diverges)
-    cfg = make_config("output.log_every=1", "output.save_every=1")
-    with pytest.raises(UserError, match=r"not finite at step 3.*learning_rate.*step-000002"):
+    cfg = make_config("output.log_every=1", "output.save_every=1", "training.max_skipped_steps=0")
+    with pytest.raises(
+        UserError, match=r"not finite in 1 .*to step 3 on the rows 'a man in.*learning_rate.*step-000002"
+    ):
         train(cfg, "joint")
     assert load_checkpoint(tmp_path / "checkpoints" / "joint" / "step-000002")
     assert not (tmp_path / "checkpoints" / "joint" / "step-000003").exists()
@@ -313,7 +316,7 @@ def test_a_texture_is_encoded_once(make_config, base, monkeypatch):
         training, "encode_posterior", lambda vae, pixels: calls.append(len(pixels)) or original(vae, pixels)
     )
     first, second = training.posteriors(base, batch), training.posteriors(base, batch)
-    assert calls == [2] and all(torch.equal(*pair) for pair in zip(first, second))
+    assert calls == [1, 1] and all(torch.equal(*pair) for pair in zip(first, second))
     assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(first, original(base.vae, batch["texture"])))
     monkeypatch.setattr(training, "POSTERIORS_KEPT", 1)
     training.posteriors(base, batch)
