@@ -134,76 +134,84 @@ def _rasterize_points(points: Tensor, faces: Tensor, height: int, width: int, ba
     covered when its centre is; an edge shared by two triangles gives both the same crossing, so that none is missed.
     """
     views, device = len(points), points.device
-    corners = points[:, faces].flatten(0, 1)  # (N * F, 3, 3)
-    (ax, bx, cx), (ay, by, cy), depth = corners[..., 0].unbind(1), corners[..., 1].unbind(1), corners[..., 2]
-    doubled_area = (bx - ax) * (cy - ay) - (cx - ax) * (by - ay)  # negative: seen from the front, as y points down
-    low, high = corners[..., :2].amin(1), corners[..., :2].amax(1)
-    limit = torch.tensor([width, height], device=device)
-    first = (low - 0.5).ceil().clamp(min=0)  # the centres covered in x and y are first .. last - 1
-    last = torch.minimum((high - 0.5).ceil(), limit)
-    usable = (first < last).all(1) & (depth.amin(1) > NEAR) & corners.isfinite().flatten(1).all(1)
+    # Each coordinate apart, (3, N * F): one corner after the other.
+    index = faces.T[:, None] + torch.arange(views, device=device)[:, None] * points.shape[1]
+    x, y, depth = (_take(part, index.flatten()).view(3, -1) for part in points.flatten(0, 1).unbind(-1))
+    doubled_area = (x[1] - x[0]) * (y[2] - y[0]) - (x[2] - x[0]) * (y[1] - y[0])  # negative: the front, as y is down
+    # The pixel centres covered in x and y are first .. last - 1.
+    first_x, first_y = ((part.amin(0) - 0.5).ceil().clamp(min=0) for part in (x, y))
+    last_x, last_y = ((part.amax(0) - 0.5).ceil().clamp(max=limit) for part, limit in ((x, width), (y, height)))
+    usable = (first_x < last_x) & (first_y < last_y) & (depth.amin(0) > NEAR) & (x + y + depth).isfinite().all(0)
     usable &= (doubled_area != 0) if back_faces else (doubled_area < 0)
     triangle = usable.nonzero()[:, 0]
-    corners, first, last = corners[triangle], first[triangle], last[triangle]
+    x, y, depth = (part.index_select(1, triangle) for part in (x, y, depth))
+    first_y, last_y, area = (_take(part, triangle) for part in (first_y, last_y, doubled_area))
 
     # A span for each row of pixel centres in a triangle.
-    rows = (last[:, 1] - first[:, 1]).long()
+    rows = (last_y - first_y).long()
     owner = torch.repeat_interleave(torch.arange(len(rows), device=device), rows)
-    step = torch.arange(len(owner), device=device) - (rows.cumsum(0) - rows)[owner]
-    y = first[owner, 1] + step + 0.5
-    left, right = torch.full_like(y, math.inf), torch.full_like(y, -math.inf)
+    row = torch.arange(len(owner), device=device) + _take(first_y.long() - rows.cumsum(0) + rows, owner)
+    centre = row + 0.5
+    left, right = torch.full_like(centre, math.inf), torch.full_like(centre, -math.inf)
     for start, end in ((0, 1), (1, 2), (2, 0)):
-        a, b = corners[:, start, :2], corners[:, end, :2]
-        upside_down = (a[:, 1] > b[:, 1])[:, None]
-        a, b = torch.where(upside_down, b, a), torch.where(upside_down, a, b)
-        slope = (b[:, 0] - a[:, 0]) / (b[:, 1] - a[:, 1])
-        ax, ay, by, slope = torch.stack([a[:, 0], a[:, 1], b[:, 1], slope])[:, owner]
-        crossing = ax + (y - ay) * slope
-        crossed = (y >= ay) & (y < by)
+        upside_down = y[start] > y[end]
+        ax, bx = torch.where(upside_down, x[end], x[start]), torch.where(upside_down, x[start], x[end])
+        ay, by = torch.where(upside_down, y[end], y[start]), torch.where(upside_down, y[start], y[end])
+        ax, ay, by, slope = (_take(part, owner) for part in (ax, ay, by, (bx - ax) / (by - ay)))
+        crossing = ax + (centre - ay) * slope
+        crossed = (centre >= ay) & (centre < by)
         left = torch.where(crossed, torch.minimum(left, crossing), left)
         right = torch.where(crossed, torch.maximum(right, crossing), right)
     start = (left - 0.5).ceil().clamp(min=0)
     count = ((right - 0.5).ceil().clamp(max=width) - start).clamp(min=0).long()
     kept = (count > 0).nonzero()[:, 0]
-    owner, y, start, count = owner[kept], y[kept], start[kept], count[kept]
+    owner, row, start, count = (_take(part, kept) for part in (owner, row, start, count))
     total = int(count.sum())
     if total > MAX_CANDIDATES and views > 1:
         halves = [_rasterize_points(half, faces, height, width, back_faces) for half in points.tensor_split(2)]
         return _join(*halves)
 
     # 1 / depth is linear on the screen (Blinn 1992): its value at a span's first pixel and its step to the next.
-    inverse = 1 / corners[..., 2]
-    ab, ac = corners[:, 1, :2] - corners[:, 0, :2], corners[:, 2, :2] - corners[:, 0, :2]
-    rise = inverse[:, 1:] - inverse[:, :1]
-    area = doubled_area[triangle]
-    along_x = (rise[:, 0] * ac[:, 1] - rise[:, 1] * ab[:, 1]) / area
-    along_y = (rise[:, 1] * ab[:, 0] - rise[:, 0] * ac[:, 0]) / area
-    x0, y0, base, along_x, along_y = torch.stack([corners[:, 0, 0], corners[:, 0, 1], inverse[:, 0], along_x, along_y])[
-        :, owner
-    ]
-    at_start = base + (start + 0.5 - x0) * along_x + (y - y0) * along_y
+    inverse = 1 / depth
+    (ab, ac), rise = (x[1:] - x[0], y[1:] - y[0]), inverse[1:] - inverse[0]
+    along_x = (rise[0] * ac[1] - rise[1] * ac[0]) / area
+    along_y = (rise[1] * ab[0] - rise[0] * ab[1]) / area
+    origin = inverse[0] - x[0] * along_x - y[0] * along_y
+    along_x, along_y, origin, highest = (_take(part, owner) for part in (along_x, along_y, origin, inverse.amax(0)))
+    at_start = origin + (start + 0.5) * along_x + (row + 0.5) * along_y
     view = torch.div(triangle, len(faces), rounding_mode="floor")
-    face = triangle - view * len(faces)
-    first_pixel = (view[owner] * height + y.long()) * width + start.long()
+    face, view = _take(triangle - view * len(faces), owner), _take(view, owner)
+    first_pixel = (view * height + row) * width + start.long()
 
     # One integer holds 1 / depth above and the triangle below: positive floats sort like their bits.
     span = torch.repeat_interleave(torch.arange(len(count), device=device), count, output_size=total)
-    step = torch.arange(total, device=device) - (count.cumsum(0) - count)[span]
-    nearness = (at_start[span] + step * along_x[span]).clamp(min=1e-12)
-    key = (nearness.view(torch.int32).long() << 32) | face[owner][span]
+    step = torch.arange(total, device=device) - _take(count.cumsum(0) - count, span)
+    nearness = _take(at_start, span) + step * _take(along_x, span)
+    nearness = torch.minimum(nearness.nan_to_num(0).clamp(min=1e-12), _take(highest, span))  # slivers run away
+    key = (nearness.view(torch.int32).long() << 32) | _take(face, span)
     buffer = torch.full((views * height * width,), -1, device=device)
-    buffer.scatter_reduce_(0, first_pixel[span] + step, key, "amax")
+    buffer.scatter_reduce_(0, _take(first_pixel, span) + step, key, "amax")
 
     pixel = (buffer >= 0).nonzero()[:, 0]
-    face = buffer[pixel] & 0xFFFFFFFF
-    seen = torch.div(pixel, height * width, rounding_mode="floor") * len(faces) + face
-    row, column = torch.div(pixel, width, rounding_mode="floor") % height, pixel % width
-    seen_corners = points[:, faces].flatten(0, 1)[seen] if views > 1 else points[0][faces[face]]
-    weights = _screen_barycentrics(seen_corners[..., :2], column, row) / seen_corners[..., 2]
-    nearness = weights.sum(-1)
-    return Fragments(
-        (views, height, width), pixel, face, weights / nearness[:, None], 1 / nearness, doubled_area[seen].abs() / 2
-    )
+    face = _take(buffer, pixel) & 0xFFFFFFFF
+    row, column = torch.div(pixel, width, rounding_mode="floor"), pixel % width
+    view = torch.div(row, height, rounding_mode="floor")
+    # Barycentric coordinates are areas against the pixel's centre; over depth, they are those of the surface.
+    corners = _take(points.flatten(0, 1), (_take(faces, face) + (view * points.shape[1])[:, None]).flatten())
+    corners = corners.view(-1, 9)
+    x, y = ((corners[:, axis::3].T - (place + 0.5)) for axis, place in ((0, column), (1, row - view * height)))
+    areas = torch.stack([x[a] * y[b] - x[b] * y[a] for a, b in ((1, 2), (2, 0), (0, 1))])
+    size = areas.sum(0)
+    weights = (areas / size).clamp(0, 1) / corners[:, 2::3].T  # a centre on an edge may lie out by a rounding
+    nearness = weights.sum(0)
+    barycentrics = weights / nearness
+    depth = (barycentrics * corners[:, 2::3].T).sum(0)
+    return Fragments((views, height, width), pixel, face, barycentrics.T.contiguous(), depth, size.abs() / 2)
+
+
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """values[index] along the first axis, faster than the brackets."""
+    return values.index_select(0, index)
 
 
 def _join(first: Fragments, second: Fragments) -> Fragments:
@@ -217,21 +225,9 @@ def _join(first: Fragments, second: Fragments) -> Fragments:
 FRAGMENT_TENSORS = ("pixel", "face", "barycentrics", "depth", "area")
 
 
-def _screen_barycentrics(corners: Tensor, column: Tensor, row: Tensor) -> Tensor:
-    """corners: (K, 3, 2) pixels; the centre of pixel (column, row), inside → (K, 3), not negative, sum 1."""
-    a, b, c = (corners - torch.stack([column, row], -1)[:, None] - 0.5).unbind(1)
-
-    def cross(p, q):
-        return p[:, 0] * q[:, 1] - p[:, 1] * q[:, 0]
-
-    areas = torch.stack([cross(b, c), cross(c, a), cross(a, b)], dim=-1)
-    weights = (areas / areas.sum(-1, keepdim=True)).clamp(0, 1)  # a centre on an edge may lie out by a rounding
-    return weights / weights.sum(-1, keepdim=True)
-
-
 def interpolate(fragments: Fragments, faces: Tensor, values: Tensor) -> Tensor:
     """Corner values (V, C) at each covered pixel → (K, C)."""
-    return _blend_corners(fragments.barycentrics, values[faces].flatten(1)[fragments.face])
+    return _blend_corners(fragments.barycentrics, _take(values[faces].flatten(1), fragments.face))
 
 
 def _blend_corners(barycentrics: Tensor, corners: Tensor) -> Tensor:
@@ -243,7 +239,7 @@ def _blend_corners(barycentrics: Tensor, corners: Tensor) -> Tensor:
 
 def vertex_normals(vertices: Tensor, faces: Tensor) -> Tensor:
     """Smooth unit normals, weighted by triangle area. vertices: (..., V, 3) → (..., V, 3)."""
-    a, b, c = vertices[..., faces, :].unbind(-2)
+    a, b, c = (vertices.index_select(-2, corner) for corner in faces.unbind(1))
     face_normals = torch.linalg.cross(b - a, c - a)
     normals = torch.zeros_like(vertices)
     for corner in range(3):
@@ -317,24 +313,26 @@ def sample_textures(textures: Tensor, uv: Tensor, texels_per_pixel: Tensor) -> T
     textures: (B, 3, S, S); uv: (K, 2); texels_per_pixel: (K,) along a side → (B, 3, K).
     """
     grid = torch.stack([uv[:, 0] * 2 - 1, 1 - uv[:, 1] * 2], dim=-1)
-    out = grid.new_empty(*textures.shape[:2], len(uv))
-    waiting, limit = None, math.sqrt(2)  # all pixels; the middle between 1 and 2 texels
-    while True:
-        last = textures.shape[-1] <= 8
-        near = texels_per_pixel < limit if waiting is None else texels_per_pixel[waiting] < limit
-        if last or near.all():
-            chosen, waiting = waiting, grid.new_empty(0)
-        else:
-            near, far = near.nonzero()[:, 0], (~near).nonzero()[:, 0]
-            chosen, waiting = (near, far) if waiting is None else (waiting[near], waiting[far])
-        points = (grid if chosen is None else grid[chosen])[None, None].expand(len(out), -1, -1, -1)
-        sampled = F.grid_sample(textures, points, padding_mode="border", align_corners=False)[:, :, 0]
-        if chosen is None:
-            return sampled
-        out[..., chosen] = sampled
-        if not len(waiting):
-            return out
-        textures, limit = F.avg_pool2d(textures, 2), 2 * limit
+
+    def sample(points: Tensor) -> Tensor:
+        points = points[None, None].expand(len(textures), -1, -1, -1)
+        return F.grid_sample(textures, points, padding_mode="border", align_corners=False)[:, :, 0]
+
+    out, limit = sample(grid), 2.0  # bilinear looks at two texels a side
+    far = (texels_per_pixel >= limit).nonzero()[:, 0]
+    # A few slanting pixels are not worth a halving.
+    while len(far) * 50 > len(uv) and textures.shape[-1] > 8:
+        textures, limit = _halved(textures), 2 * limit
+        out[..., far] = sample(_take(grid, far))
+        far = far[_take(texels_per_pixel, far) >= limit]
+    return out
+
+
+def _halved(textures: Tensor) -> Tensor:
+    """(..., S, S) → (..., S // 2, S // 2), means of four; several times faster on the CPU than avg_pool2d."""
+    side = textures.shape[-1] // 2 * 2
+    rows = textures[..., 0:side:2, :] + textures[..., 1:side:2, :]
+    return (rows[..., 0:side:2] + rows[..., 1:side:2]) / 4
 
 
 @functools.lru_cache(maxsize=4)
@@ -361,12 +359,13 @@ def shade(
         raise ValueError(f"{len(textures)} textures for {views} views; give one, one a view, or a single view")
     view = fragments.view
     # What a triangle's corners carry, side by side: texture coordinates and normals, (N or 1, F, 3, 5).
-    normals = vertex_normals(vertices, body.faces)[..., body.faces, :]
-    carried = torch.cat([body.uvs[body.uv_faces].expand(*normals.shape[:-1], 2), normals], dim=-1).flatten(-2)
+    normals = vertex_normals(vertices, body.faces).index_select(-2, body.faces.flatten())
+    uvs = _take(body.uvs, body.uv_faces.flatten())
+    carried = torch.cat([uvs.expand(*normals.shape[:-1], 2), normals], dim=-1).unflatten(-2, (-1, 3)).flatten(-2)
     corner = fragments.face if carried.dim() == 2 else view * len(body.faces) + fragments.face
-    uv, normals = _blend_corners(fragments.barycentrics, carried.view(-1, 15)[corner]).split([2, 3], dim=-1)
+    uv, normals = _blend_corners(fragments.barycentrics, _take(carried.view(-1, 15), corner)).split([2, 3], dim=-1)
     normals = F.normalize(normals, dim=-1)
-    density = (_uv_areas(body)[fragments.face] / fragments.area.clamp(min=1e-6)).sqrt() * textures.shape[-1]
+    density = (_take(_uv_areas(body), fragments.face) / fragments.area.clamp(min=1e-6)).sqrt() * textures.shape[-1]
     if views == 1 or len(textures) == 1:
         colours = sample_textures(textures, uv, density)
     else:
