@@ -59,15 +59,20 @@ def save_checkpoint(
 
 
 def drop_old_checkpoints(run_dir: Path, keep_last: int | None) -> None:
-    """Deletes all but the last `keep_last` checkpoints of a run; None keeps all."""
+    """Deletes all but the `keep_last` checkpoints of a run that were written last; None keeps all."""
     if keep_last:
-        for folder in sorted(run_dir.glob("step-*"))[:-keep_last]:
+        for folder in by_time(run_dir)[:-keep_last]:
             shutil.rmtree(folder)
 
 
+def by_time(run_dir: Path) -> list[Path]:
+    """A run's checkpoints in the order they were written: a run begun anew may have fewer steps than an older one."""
+    return sorted(run_dir.glob("step-*"), key=lambda folder: (folder.stat().st_mtime_ns, folder.name))
+
+
 def newest_state(run_dir: Path) -> Path | None:
-    """The checkpoint of a run with the most steps that can be resumed; one that lacks a file is passed over."""
-    for folder in sorted(run_dir.glob("step-*"), reverse=True):
+    """The checkpoint of a run that was written last; one that lacks a file is passed over with a warning."""
+    for folder in reversed(by_time(run_dir)):
         missing = [name for name in (CONFIG_FILE, LORA_FILE, STATE_FILE, RESUME_FILE) if not (folder / name).is_file()]
         if not missing:
             return folder

@@ -1,6 +1,8 @@
 """Writing to disk: whole files or none."""
 
+import contextlib
 import os
+import socket
 from pathlib import Path
 
 from errors import UserError, reason
@@ -16,13 +18,20 @@ def check_writable(path: str | os.PathLike) -> None:
         raise UserError(f"cannot write to folder {path}; choose another place or change its permissions")
 
 
+def temporary_name(path: Path) -> Path:
+    """Beside path, hidden, and of this process alone: two that write one file do not meet in it."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+
+
 def write_whole(path: str | Path, data: bytes) -> None:
     """Writes a file under a temporary name and renames it. Raises UserError when that fails."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(data)
         os.replace(partial, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {reason(error)}; choose another place") from None

@@ -8,7 +8,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from errors import UserError, reason
-from render.utils import fill_outside
+from render.bodies import Body
+from render.utils import fill_outside, uv_mask
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -24,11 +25,12 @@ def open_image(source: str | Path | bytes, name: str | None = None, size: int | 
             if size:
                 image.draft("RGB", (size, size))
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") and image.getextrema()[1] > 255:  # 16 bits: PIL would cut, not scale
+            # 16 bits: PIL would cut, not scale.
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
                 image = image.point(lambda value: value / 257).convert("L")
             has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
             return image.convert("RGBA" if has_alpha else "RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders of damaged files raise anything
         raise UserError(
             f"cannot read picture {name or source}: {reason(error)}; give a PNG, JPEG or WebP file"
         ) from None
@@ -61,6 +63,13 @@ def texture_pixels(image: Image.Image, size: int) -> Tensor:
     # Resized with alpha premultiplied, so that what lies under transparent texels bleeds into none.
     pixels = pixels_from_image(image.convert("RGBa").resize((size, size), Image.Resampling.BOX).convert("RGBA"))
     return fill_outside(pixels[:3], pixels[3] > 0)
+
+
+def body_pixels(image: Image.Image, body: Body, size: int) -> Tensor:
+    """A texture to be rendered on a body → (3, size, size) in [-1, 1], filled outside the body's UV islands, also
+    where the picture has no alpha to say so."""
+    pixels = texture_pixels(image, size)
+    return pixels if image.mode == "RGBA" else fill_outside(pixels, uv_mask(body, size))
 
 
 def encode_image(image: Image.Image, **options) -> bytes:

@@ -95,8 +95,13 @@ class Run:
         with torch.no_grad():
             for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(saved)
+        rates = self.lr_scheduler.base_lrs  # the configuration's: they may be lowered
         for name in ("optimizer", "lr_scheduler", "scaler"):
             getattr(self, name).load_state_dict(state[name])
+        self.lr_scheduler.base_lrs = rates
+        for group, rate, factor in zip(self.optimizer.param_groups, rates, self.lr_scheduler.lr_lambdas):
+            group["initial_lr"], group["lr"] = rate, rate * factor(self.lr_scheduler.last_epoch)
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.global_step, self.skipped = state["global_step"], state["skipped"]
 
 
@@ -162,9 +167,10 @@ def train(cfg: Config, task: str, dry_run: bool = False, resume: str | None = No
         DataLoader(
             run.dataset,
             batch_sampler=shuffled_batches(
-                len(run.dataset), schedule.batch_size, cfg.training.seed, start=run.global_step * run.accumulation
+                run.dataset, schedule.batch_size, cfg.training.seed, start=run.global_step * run.accumulation
             ),
             num_workers=cfg.data.num_workers,
+            worker_init_fn=ignore_stop_signals,
             pin_memory=run.base.device.type == "cuda",
         )
     )
@@ -247,6 +253,12 @@ def optimizer_step(run: Run, global_step: int, batches: Iterator[dict]) -> tuple
     run.lr_scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)
     return losses, prompts
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """A signal to the whole group of processes is the main one's to answer; the loader's workers go with it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StopRequest:
@@ -352,19 +364,19 @@ def step_generator(seed: int, global_step: int, micro_step: int) -> torch.Genera
     return torch.Generator().manual_seed(int(words[0] >> 1))
 
 
-def shuffled_batches(rows: int, batch_size: int, seed: int, start: int = 0) -> Iterator[list[int]]:
-    """Batches start, start + 1, ... of row numbers without end: each epoch its own order, a remainder goes on into
-    the next epoch.
+def shuffled_batches(dataset: ATLASLarge, batch_size: int, seed: int, start: int = 0) -> Iterator[list[int]]:
+    """Batches start, start + 1, ... of row numbers without end: each epoch its own order (ATLASLarge.shuffled), a
+    remainder goes on into the next epoch.
 
     Epoch e has the numbers e * rows .. (e + 1) * rows - 1: the data set takes them for the same rows again.
     """
-    order, known = None, None
+    order, known, rows = None, None, len(dataset)
     for batch in itertools.count(start):
         numbers = []
         for position in range(batch * batch_size, (batch + 1) * batch_size):
             epoch, place = divmod(position, rows)
             if epoch != known:
-                order, known = np.random.default_rng([seed, epoch]).permutation(rows), epoch
+                order, known = dataset.shuffled(np.random.default_rng([seed, epoch])), epoch
             numbers.append(epoch * rows + int(order[place]))
         yield numbers
 

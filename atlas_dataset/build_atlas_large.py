@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 import datasets
 
 from atlas_dataset.building import build_dataset, verify_dataset
-from atlas_dataset.dataset import HuggingFaceATLAS, ProceduralTextures
+from atlas_dataset.dataset import INFO_FILE, HuggingFaceATLAS, ProceduralTextures
 from configuration import DEFAULT_CONFIG, dotted_overrides, load_config
 from errors import UserError, exit_on_user_error, reason
 
@@ -29,7 +29,7 @@ def push_to_hub(folder: Path, repository: str) -> None:
     try:
         api = HfApi()
         api.create_repo(repository, repo_type="dataset", exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, repo_type="dataset")
+        api.upload_folder(repo_id=repository, folder_path=folder, repo_type="dataset", ignore_patterns=[".*"])
     except Exception as error:  # network, rights, names
         raise UserError(
             f"cannot push to {repository} ({reason(error)}); log in with 'hf auth login'; {folder} is whole"
@@ -81,11 +81,13 @@ def main():
             source, args.body, args.views, args.out, args.height, args.width, args.seed, render, args.licence,
             args.workers,
         )  # fmt: skip
-        skipped = out / "skipped.json"
-        note = ""
-        if skipped.exists() and json.loads(skipped.read_text()):
-            note = f"; {len(json.loads(skipped.read_text()))} skipped, see {skipped}"
-        print(f"{len(source)} textures and {len(source) * args.views} renders in {out}{note}")
+        if not json.loads((out / INFO_FILE).read_text())["complete"]:
+            print(f"{out}: this process's share is done, others are at work")
+            return
+        skipped = len(json.loads((out / "skipped.json").read_text()))
+        whole = len(source) - skipped
+        note = f"; {skipped} skipped, see {out / 'skipped.json'}" if skipped else ""
+        print(f"{whole} textures and {whole * args.views} renders in {out}{note}")
         if args.push_to_hub:
             push_to_hub(out, args.push_to_hub)
 

@@ -13,6 +13,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import get_context
@@ -28,13 +29,13 @@ from atlas_dataset.dataset import INFO_FILE
 from atlas_dataset.views import render_texture
 from configuration import Render
 from errors import UserError, reason
-from files import check_writable, write_whole
-from images import encode_image, image_from_pixels, open_image, texture_pixels
+from files import check_writable, temporary_name, write_whole
+from images import body_pixels, encode_image, image_from_pixels, open_image
 from render.rigs import load_rig
 
 TEXTURES_PER_SHARD = 32
 ROWS_PER_GROUP = 16  # of a shard's rows, the unit that is written and read at once
-JPEG = dict(format="JPEG", quality=92, subsampling=0)
+JPEG = dict(format="JPEG", quality=90, subsampling=0)
 JPEG_BYTES = 0.11  # a pixel, for the estimate of the disk space
 
 COLOUR = datasets.Sequence(datasets.Value("float32"))
@@ -97,16 +98,16 @@ def build_dataset(
         raise UserError("there are no textures to build from")
     load_rig(body_spec, render.poses)  # fails here, not in a worker; and builds Anny's cache once
     check_writable(out)
-    if (out / INFO_FILE).exists():
-        if _check_same_settings(out / INFO_FILE, info)["complete"]:
-            return out
-    else:
-        _check_space(source, views, out, height, width)
+    was_complete = (out / INFO_FILE).exists() and _check_same_settings(out / INFO_FILE, info)["complete"]
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     count = -(-len(source) // TEXTURES_PER_SHARD)
-    waiting = [shard for shard in range(rank, count, world_size) if not _files(out, shard)[1].exists()]
+    missing = [shard for shard in range(count) if not all(file.exists() for file in _files(out, shard)[:2])]
+    if not missing and was_complete:
+        return out
+    _check_space(source, len(missing) / count, views, out, height, width)
+    waiting = [shard for shard in missing if shard % world_size == rank]
     if workers is None:
         share = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         workers = 0 if device != "cpu" or len(waiting) * TEXTURES_PER_SHARD * views < 200 else share
@@ -119,9 +120,7 @@ def build_dataset(
         for shard in waiting:
             texture_ids = range(shard * TEXTURES_PER_SHARD, min((shard + 1) * TEXTURES_PER_SHARD, len(source)))
             built = _in_turn(pool, task, source, texture_ids, ahead=2 * workers)
-            _write_shard(out, shard, built, progress, views)
-            if not (out / INFO_FILE).exists():  # not before a first shard is sure
-                _write_json(out / INFO_FILE, {**info, "complete": False})
+            _write_shard(out, shard, built, progress, views, info)
     if all(_files(out, shard)[1].exists() for shard in range(count)):
         _finish(out, info, count)
     return out
@@ -154,7 +153,14 @@ def _in_turn(pool, task, source, texture_ids, ahead: int) -> Iterator:
     """task(...) for each texture in order; with a pool, no more than `ahead` are read before they are wanted."""
     running: deque = deque()
     for texture_id in texture_ids:
-        arguments = (texture_id, *source[texture_id], source.name(texture_id))
+        name = source.name(texture_id)
+        try:
+            arguments = (texture_id, *source[texture_id], name)
+        except UserError as error:  # the file itself cannot be read
+            while running:
+                yield running.popleft().result()
+            yield {"texture_id": texture_id, "name": name, "reason": str(error)}
+            continue
         if pool is None:
             yield task(*arguments)
             continue
@@ -174,7 +180,7 @@ def _build_texture(
         image = open_image(encoded, name)
     except UserError as error:
         return {"texture_id": texture_id, "name": name, "reason": str(error)}
-    texture = texture_pixels(image, min(max(image.size), 4096)).to(device)
+    texture = body_pixels(image, rig.body, min(max(image.size), 4096)).to(device)
     row = {"texture_id": texture_id, "texture": {"bytes": encoded, "path": None}, "prompt": prompt, "licence": licence}
     renders = [
         {
@@ -188,11 +194,13 @@ def _build_texture(
     return row, renders
 
 
-def _write_shard(out: Path, shard: int, built, progress: tqdm, views: int) -> None:
+def _write_shard(out: Path, shard: int, built, progress: tqdm, views: int, info: dict) -> None:
     textures_file, renders_file, skipped_file = _files(out, shard)
-    textures, renders = _ParquetWriter(textures_file, TEXTURE_FEATURES), _ParquetWriter(renders_file, RENDER_FEATURES)
-    skipped = []
+    skipped, writers = [], []
     try:
+        for file, features in ((textures_file, TEXTURE_FEATURES), (renders_file, RENDER_FEATURES)):
+            writers.append(_ParquetWriter(file, features))
+        textures, renders = writers
         for result in built:
             if isinstance(result, dict):
                 skipped.append(result)
@@ -205,15 +213,21 @@ def _write_shard(out: Path, shard: int, built, progress: tqdm, views: int) -> No
         renders.close()
         if skipped:
             _write_json(skipped_file, skipped)
+        else:
+            skipped_file.unlink(missing_ok=True)  # of an earlier start, before the picture was mended
+        if not (out / INFO_FILE).exists():  # the settings come before the first shard, and not before it is sure
+            _write_json(out / INFO_FILE, {**info, "complete": False})
         textures.publish()
         renders.publish()
     except OSError as error:
         raise UserError(
             f"cannot write to {out}: {reason(error)}; make room or choose another place: the same command goes on"
         ) from None
+    except BrokenProcessPool:
+        raise UserError("a rendering process died, of too little memory perhaps; use fewer --workers") from None
     finally:
-        textures.discard()
-        renders.discard()
+        for writer in writers:
+            writer.discard()
 
 
 class _ParquetWriter:
@@ -221,9 +235,12 @@ class _ParquetWriter:
 
     def __init__(self, file: Path, features: datasets.Features):
         self.file, self.features, self.rows = file, features, []
-        self.partial = file.with_name(f".{file.name}.partial")
+        self.partial = temporary_name(file)
         check_writable(file.parent)
-        self.writer = pyarrow.parquet.ParquetWriter(self.partial, features.arrow_schema)
+        # Pictures are compressed already.
+        self.writer = pyarrow.parquet.ParquetWriter(
+            self.partial, features.arrow_schema, compression="none", use_dictionary=False
+        )
 
     def add(self, rows: list[dict]) -> None:
         self.rows += rows
@@ -250,11 +267,14 @@ class _ParquetWriter:
         self.partial.unlink(missing_ok=True)
 
 
-def _check_space(source, views: int, out: Path, height: int, width: int) -> None:
-    """Prints what the data set will take. Raises UserError when the disk has less."""
-    sample = range(0, len(source), max(1, len(source) // 8))
-    a_texture = sum(len(source[index][0]) for index in sample) / len(sample)
-    needed = len(source) * (a_texture + views * height * width * JPEG_BYTES)
+def _check_space(source, share: float, views: int, out: Path, height: int, width: int) -> None:
+    """Prints what the share of the data set that is missing will take. Raises UserError when the disk has less."""
+    sizes = []
+    for index in range(0, len(source), max(1, len(source) // 8)):
+        with suppress(UserError):  # one that cannot be read is skipped later
+            sizes.append(len(source[index][0]))
+    a_texture = sum(sizes) / max(1, len(sizes))
+    needed = share * len(source) * (a_texture + views * height * width * JPEG_BYTES)
     free = shutil.disk_usage(out).free
     print(f"{out} will take about {needed / 1e9:.2f} GB; {free / 1e9:.2f} GB are free")
     if needed > free:
@@ -273,6 +293,8 @@ def _finish(out: Path, info: dict, shards: int) -> None:
     if len(skipped) == info["textures"]:
         raise UserError(f"no texture could be read; the first: {skipped[0]['reason']}")
     write_whole(out / "README.md", DATA_CARD.format(**info).encode())
+    for left in out.rglob(".*.partial"):  # of starts that were killed
+        left.unlink(missing_ok=True)
     _write_json(out / INFO_FILE, {**info, "complete": True})
 
 
@@ -300,7 +322,8 @@ def verify_dataset(root: str | Path) -> dict[str, int]:
     root = Path(root)
     try:
         info = json.loads((root / INFO_FILE).read_text())
-    except (OSError, ValueError) as error:
+        textures, views, complete = info["textures"], info["views"], info["complete"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"no data set in {root} ({reason(error)})") from None
     counts = {}
     for table, column in (("textures", "texture"), ("renders", "image")):
@@ -312,12 +335,12 @@ def verify_dataset(root: str | Path) -> dict[str, int]:
                     for picture in batch.column(column).to_pylist():
                         open_image(picture["bytes"], f"row {counts[table]}")
                         counts[table] += 1
-            except (OSError, pyarrow.ArrowException, UserError) as error:
+            except (OSError, KeyError, TypeError, pyarrow.ArrowException, UserError) as error:
                 raise UserError(
                     f"{file} is damaged ({reason(error)}); delete it and the same shard's other file, then build again"
                 ) from None
     skipped = len(json.loads((root / "skipped.json").read_text())) if (root / "skipped.json").exists() else 0
-    expected = info["textures"] - skipped
-    if not info["complete"] or counts != {"textures": expected, "renders": expected * info["views"]}:
+    expected = textures - skipped
+    if not complete or counts != {"textures": expected, "renders": expected * views}:
         raise UserError(f"{root} is not finished: {counts}; run its build command again")
     return counts

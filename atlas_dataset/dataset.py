@@ -16,6 +16,7 @@ from configuration import Render
 from errors import UserError, reason
 from images import PICTURE_SUFFIXES, encode_image, image_from_pixels, open_image, prepare_image, texture_pixels
 from render.rigs import load_rig
+from render.utils import fill_outside, uv_mask
 
 INFO_FILE = "atlas_large.json"
 TEXTURES_KEPT = 32
@@ -29,7 +30,7 @@ def fingerprint(*parts) -> str:
 def read_prompts(path: str | Path) -> list[str]:
     """One prompt a line; the last line may lack its line break."""
     try:
-        prompts = Path(path).read_text(encoding="utf-8").splitlines()
+        prompts = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read prompts {path}: {reason(error)}; give a text file with a prompt a line") from None
     empty = next((number for number, prompt in enumerate(prompts, 1) if not prompt.strip()), None)
@@ -101,9 +102,15 @@ class HuggingFaceATLAS(Dataset):
 
     def __getitem__(self, index: int) -> tuple[bytes, str]:
         if isinstance(self.rows, list):
-            return self.rows[index].read_bytes(), self.prompts[index]
-        picture = self.rows[index]["image"]
-        return picture["bytes"] or Path(picture["path"]).read_bytes(), self.prompts[index]
+            return self._read(self.rows[index], index), self.prompts[index]
+        picture = self.rows[index]["image"] or {"bytes": None, "path": None}
+        return picture["bytes"] or self._read(picture["path"], index), self.prompts[index]
+
+    def _read(self, path: str | Path | None, index: int) -> bytes:
+        try:
+            return Path(path).read_bytes()
+        except (OSError, TypeError) as error:
+            raise UserError(f"cannot read picture {self.name(index)}: {reason(error)}") from None
 
 
 class ProceduralTextures(Dataset):
@@ -161,9 +168,9 @@ class ATLASLarge(Dataset):
                     f"no data set in {root}: neither {INFO_FILE} (build_atlas_large.py writes it) nor the seed's "
                     "state.json; build one with 'python -m atlas_dataset.build_atlas_large'"
                 )
-        except (OSError, ValueError, KeyError) as error:
-            if isinstance(error, UserError):
-                raise
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
             raise UserError(f"cannot read data set {root}: {reason(error)}; build it again") from error
         if not len(self):
             raise UserError(f"data set {root} has no rows")
@@ -206,13 +213,14 @@ class ATLASLarge(Dataset):
         show the same. Stored renders are not read.
         """
         rig, width = load_rig(body, render.poses), self.image_size * 3 // 4
+        mask = uv_mask(rig.body, self.resolution)
         self.renders, self.texture_rows = (
             None,
             [row for row in range(len(self.textures)) for _ in range(views_per_texture)],
         )
 
         def fresh_render(texture_row: int, number: int) -> Tensor:
-            texture, size = self._texture(texture_row), (self.image_size, width)
+            texture, size = fill_outside(self._texture(texture_row), mask), (self.image_size, width)
             picture, _ = render_texture(rig, texture, render, seed, texture_row, [number], *size)[0]
             return prepare_image(image_from_pixels(picture), self.image_size)
 
@@ -220,6 +228,16 @@ class ATLASLarge(Dataset):
 
     def __len__(self) -> int:
         return len(self.textures) if self.renders is None and self.fresh_render is None else len(self.texture_rows)
+
+    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
+        """All rows in random order, the renders of a texture near each other: textures are drawn TEXTURES_KEPT at a
+        time and their rows shuffled among themselves, so that each is decoded once an epoch and not once a render.
+        """
+        if self.renders is None and self.fresh_render is None:
+            return rng.permutation(len(self))
+        place = np.empty(len(self.textures), np.int64)
+        place[rng.permutation(len(self.textures))] = np.arange(len(self.textures)) // TEXTURES_KEPT
+        return np.lexsort((rng.permutation(len(self)), place[np.asarray(self.texture_rows)]))
 
     def __iter__(self) -> Iterator[dict]:
         return (self[index] for index in range(len(self)))

@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets
 import psutil
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from atlas_dataset import building
@@ -89,8 +88,8 @@ def peak_megabytes(command: list[str]) -> float:
     return peak / 1e6
 
 
-def build_speed(folder: Path, out: Path, textures: int, workers: int | None) -> tuple[float, float]:
-    """Rows a second after the first shard, megabytes a row."""
+def build_speed(folder: Path, out: Path, textures: int) -> float:
+    """Rows a second after the first shard."""
     first_shard = out / "renders" / "shard-00000.parquet"
     seen = {}
 
@@ -101,14 +100,17 @@ def build_speed(folder: Path, out: Path, textures: int, workers: int | None) -> 
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    build_dataset(
-        Repeated(folder, textures), f"obj:{folder / 'smpl_uv.obj'}", VIEWS, out, HEIGHT, WIDTH, workers=workers
-    )
+    build_dataset(Repeated(folder, textures), f"obj:{folder / 'smpl_uv.obj'}", VIEWS, out, HEIGHT, WIDTH)
     ended, seen["stop"] = time.perf_counter(), True
     watcher.join()
-    later = (textures - building.TEXTURES_PER_SHARD) * VIEWS
-    size = sum(file.stat().st_size for file in out.rglob("*.parquet"))
-    return later / (ended - seen["at"]), size / (textures * VIEWS) / 1e6
+    return (textures - building.TEXTURES_PER_SHARD) * VIEWS / (ended - seen["at"])
+
+
+def megabytes_a_row(folder: Path, out: Path) -> float:
+    """Of each texture once and its renders; nothing is stored twice that would be shared."""
+    count = len(sorted((folder / "real_textures").glob("*.png")))
+    build_dataset(Repeated(folder, count), f"obj:{folder / 'smpl_uv.obj'}", VIEWS, out, HEIGHT, WIDTH)
+    return sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / (count * VIEWS) / 1e6
 
 
 def jpeg_cost(folder: Path) -> tuple[float, bool]:
@@ -141,16 +143,16 @@ def jpeg_cost(folder: Path) -> tuple[float, bool]:
 
 
 def read_speeds(root: Path, cache_dir: str, rows: int) -> dict[str, float]:
-    """Rows a second with 2 workers, in random order, each loader in turn three times; medians."""
+    """Rows a second with 2 workers, each in its training order, each loader in turn three times; medians."""
     loaders = {
         "ours": ATLASLarge(root, "joint", 512, 224, cache_dir), "three times": DecodesThreeTimes(root, 512, 224)
     }  # fmt: skip
     speeds = {name: [] for name in loaders}
     for repetition in range(3):
         for name, dataset in loaders.items():
-            order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(repetition))[
-                : rows + 8
-            ].tolist()
+            rng = np.random.default_rng(repetition)
+            order = dataset.shuffled(rng) if name == "ours" else rng.permutation(len(dataset))
+            order = order[: rows + 8].tolist()
             loader = iter(DataLoader(dataset, batch_size=8, sampler=order, num_workers=2))
             next(loader)  # the workers have started
             began = time.perf_counter()
@@ -174,7 +176,8 @@ def main():
             build_dataset(Repeated(args.folder, args.memory_run), body, 1, args.out, HEIGHT, WIDTH, workers=2)
             return
         root = Path(work) / "built"
-        rows_per_second, megabytes = build_speed(args.folder, root, args.textures, None)
+        rows_per_second = build_speed(args.folder, root, args.textures)
+        megabytes = megabytes_a_row(args.folder, Path(work) / "once")
         print(f"built        {rows_per_second:8.1f} rows/s after the first shard, {megabytes:.3f} MB a row")
         psnr, exact = jpeg_cost(args.folder)
         print(f"renders      {psnr:8.1f} dB at the lowest; textures stored bit for bit: {exact}")

@@ -4,6 +4,7 @@ Every rig has `body`, the mesh at rest; `sample(rng)`, one pose as plain numbers
 (N, V, 3) metres with the lowest point at y = 0. A pose is a dict of lists and strings, to be stored with a render.
 """
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,7 @@ class SmplRig(StillRig):
         return smpl_vertices(self.spec, *stacked, [pose["gender"] for pose in poses])
 
 
+@functools.lru_cache(maxsize=4)
 def load_rig(spec: str, poses: str = "own") -> StillRig:
     """A body's rig. poses: "rest", "own" (the body's own sampler), or a folder of AMASS motions (SMPL family).
 

@@ -19,17 +19,17 @@ from render.bodies import Body, read_obj
 
 KINDS = ("smpl", "smplh", "smplx")
 NEEDED = ("v_template", "f", "weights", "shapedirs", "posedirs", "J_regressor", "kintree_table")
+EXTRA = ("hands_meanl", "hands_meanr", "joint2num")
 GENDERS = ("neutral", "female", "male")
 # What a pickle may name: arrays, sparse matrices, and chumpy's, which becomes a placeholder.
 ALLOWED = {
     ("numpy", "ndarray"), ("numpy", "dtype"),
     *((module, name) for module in ("numpy.core.multiarray", "numpy._core.multiarray")
-      for name in ("_reconstruct", "scalar")),
+      for name in ("_reconstruct",)),
     ("_codecs", "encode"), ("copy_reg", "_reconstructor"), ("copyreg", "_reconstructor"), ("__builtin__", "object"),
     ("builtins", "object"), ("collections", "OrderedDict"),
 }  # fmt: skip
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-SPARSE = ("csc_matrix", "csr_matrix", "coo_matrix")
 FRAMES_PER_SECOND = 2  # of a motion: nearer frames are near-copies
 
 
@@ -47,6 +47,46 @@ class ChumpyArray:
             raise pickle.UnpicklingError("a chumpy array of an unknown kind")
 
 
+class SparseArray:
+    """Stands for scipy's sparse matrices, whose own code trusts the indices in the file."""
+
+    def __setstate__(self, state):
+        shape = tuple(int(side) for side in state.get("_shape", state.get("shape")))
+        if len(shape) != 2 or not 0 < shape[0] * shape[1] < 100_000_000:
+            raise pickle.UnpicklingError(f"a sparse matrix of shape {shape}")
+        major, minor = self.places(state)
+        self.data = np.zeros(shape)
+        np.add.at(self.data, (major, minor) if self.by_rows else (minor, major), np.asarray(state["data"]))
+
+    by_rows = False
+
+    def places(self, state):
+        """Compressed: each value's column (or row), and its place in it."""
+        ends, minor = np.asarray(state["indptr"], np.int64), np.asarray(state["indices"], np.int64)
+        return np.repeat(np.arange(len(ends) - 1), np.diff(ends)), _not_negative(minor)
+
+
+class SparseRows(SparseArray):
+    by_rows = True
+
+
+class SparsePlaces(SparseArray):
+    by_rows = True
+
+    def places(self, state):
+        rows, columns = state["coords"] if "coords" in state else (state["row"], state["col"])
+        return _not_negative(np.asarray(rows, np.int64)), _not_negative(np.asarray(columns, np.int64))
+
+
+def _not_negative(index: np.ndarray) -> np.ndarray:
+    if (index < 0).any():
+        raise pickle.UnpicklingError("a sparse matrix with a negative index")
+    return index
+
+
+SPARSE = {"csc_matrix": SparseArray, "csr_matrix": SparseRows, "coo_matrix": SparsePlaces}
+
+
 class ArraysOnly(pickle.Unpickler):
     """Unpickles arrays and containers; whatever else a file names is refused and not run."""
 
@@ -54,18 +94,14 @@ class ArraysOnly(pickle.Unpickler):
         if module.split(".")[0] == "chumpy":
             return ChumpyArray
         if module.startswith("scipy.sparse") and name in SPARSE:
-            import scipy.sparse
-
-            return getattr(scipy.sparse, name)
+            return SPARSE[name]
         if (module, name) in ALLOWED:
             return super().find_class(module.replace("copy_reg", "copyreg").replace("__builtin__", "builtins"), name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no body model needs")
 
 
 def _plain(value):
-    if isinstance(value, ChumpyArray):
-        return value.data
-    return value.toarray() if hasattr(value, "toarray") else value
+    return value.data if isinstance(value, ChumpyArray | SparseArray) else value
 
 
 def read_arrays(path: Path) -> dict:
@@ -122,8 +158,8 @@ def load_model(kind: str, path: Path):
         raise UserError(f"{path} lacks {', '.join(missing)}; give the original {kind} model file")
     with tempfile.TemporaryDirectory() as folder:
         clean = Path(folder) / "model.npz"  # this library unpickles what it reads: let it read only this
-        np.savez(clean, **{key: np.asarray(_plain(value)) for key, value in arrays.items()})
         try:
+            np.savez(clean, **{key: np.asarray(arrays[key]) for key in (*NEEDED, *EXTRA) if key in arrays})
             if kind == "smpl":
                 return SMPL(model_path=clean).eval()
             # AMASS holds hand poses whole, not as differences from a mean.
@@ -169,7 +205,10 @@ def smpl_vertices(spec: str, poses: np.ndarray, betas: np.ndarray, genders: list
     files, out = model_files(path), []
     for pose, shape, gender in zip(torch.from_numpy(poses).float(), torch.from_numpy(betas).float(), genders):
         model = load_model(kind, files[gender])
-        width = min(model._assets.shapedirs.shape[-1], model.NUM_SHAPE_COEFFS, len(shape))
+        directions = model._assets.shapedirs.shape[-1]
+        if kind == "smplx" and directions < 300:
+            directions = 10  # files of the first release: ten of shape, then those of expression
+        width = min(directions, model.NUM_SHAPE_COEFFS, len(shape))
         root, body, hands = pose[:3], pose[3:66].view(1, 21, 3), pose[66:].view(1, 30, 3)
         inputs = {"pelvis_rotation": root[None], "shape": shape[None, :width]}
         if kind == "smpl":
@@ -193,35 +232,40 @@ def read_amass(path: str | Path) -> tuple[np.ndarray, np.ndarray, str]:
     arrays = read_arrays(Path(path))
     if "poses" not in arrays:
         raise UserError(f"{path} holds no 'poses'; give an AMASS motion (shape files have none)")
-    poses = np.asarray(arrays["poses"], dtype=np.float64)
+    betas = np.zeros(16, np.float32)
+    try:
+        poses = np.asarray(arrays["poses"], dtype=np.float64)
+        given = np.asarray(arrays.get("betas", betas), dtype=np.float32).reshape(-1)[:16]
+        rate = float(np.asarray(arrays.get("mocap_framerate", arrays.get("mocap_frame_rate", 60))))
+        gender = np.asarray(arrays.get("gender", "neutral")).item()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} holds what no AMASS motion holds ({reason(error)}); leave it out") from None
     if poses.ndim != 2 or poses.shape[1] not in (72, 156, 165) or not len(poses):
         raise UserError(f"{path}: poses of shape {poses.shape}; AMASS has 72, 156 or 165 columns")
-    betas = np.zeros(16, np.float32)
-    given = np.asarray(arrays.get("betas", betas), dtype=np.float32).reshape(-1)[:16]
     betas[: len(given)] = given
-    if not (np.isfinite(poses).all() and np.isfinite(betas).all()):
+    if not (np.isfinite(poses).all() and np.isfinite(betas).all() and np.isfinite(rate)):
         raise UserError(f"{path} holds poses or betas that are no numbers; leave it out")
-    rate = arrays.get("mocap_framerate", arrays.get("mocap_frame_rate", 60))
-    poses = poses[:: max(1, round(float(np.asarray(rate)) / FRAMES_PER_SECOND))]
-    hands = {72: np.zeros((len(poses), 90)), 156: poses[:, 66:156], 165: poses[:, 75:165]}[arrays["poses"].shape[1]]
-    root = _turned_upright(poses[:, :3])
-    gender = np.asarray(arrays.get("gender", "neutral")).item()
+    poses = poses[:: max(1, round(rate / FRAMES_PER_SECOND))]
+    hands = {72: np.zeros((len(poses), 90)), 156: poses[:, 66:156], 165: poses[:, 75:165]}[poses.shape[1]]
     gender = gender.decode() if isinstance(gender, bytes) else str(gender)
-    full = np.concatenate([root, poses[:, 3:66], hands], axis=1).astype(np.float32)
+    full = np.concatenate([_facing_front(poses[:, :3]), poses[:, 3:66], hands], axis=1).astype(np.float32)
     return full, betas, gender if gender in GENDERS else "neutral"
 
 
-def _turned_upright(root: np.ndarray) -> np.ndarray:
-    """AMASS has z up: its root rotations (F, 3), axis-angle, turned so that y is up."""
+def _facing_front(root: np.ndarray) -> np.ndarray:
+    """AMASS has z up and any heading: its root rotations (F, 3), axis-angle, with y up and the body's front at +z."""
     from scipy.spatial.transform import Rotation
 
-    return (Rotation.from_euler("x", -90, degrees=True) * Rotation.from_rotvec(root)).as_rotvec()
+    upright = Rotation.from_euler("x", -90, degrees=True) * Rotation.from_rotvec(root)
+    front = upright.apply([0.0, 0.0, 1.0])
+    heading = np.arctan2(front[:, 0], front[:, 2])
+    return (Rotation.from_euler("y", -heading[:, None]) * upright).as_rotvec()
 
 
 @functools.lru_cache(maxsize=8)
 def motion_files(folder: str) -> tuple[Path, ...]:
     """The motions below a folder, in the order of their names; AMASS's shape files are left out."""
-    files = sorted(path for path in Path(folder).rglob("*.npz") if path.stem not in ("shape", "neutral_stagei"))
+    files = sorted(path for path in Path(folder).rglob("*.npz") if not path.stem.endswith(("shape", "_stagei")))
     if not files:
         raise UserError(f"no AMASS motions (.npz) in {folder}")
     return tuple(files)

@@ -273,6 +273,20 @@ def test_limit_licence_and_push(tmp_path, mesh, textures, run_script, monkeypatc
     assert status == 2 and "cannot push to someone/atlas" in error and "is whole" in error
 
 
+def test_an_epochs_order_keeps_a_textures_renders_near(dataset_dir, tmp_path, monkeypatch):
+    from atlas_dataset import dataset
+
+    monkeypatch.setattr(dataset, "TEXTURES_KEPT", 2)
+    rows = ATLASLarge(dataset_dir, "joint", 16, 32, str(tmp_path))
+    orders = [rows.shuffled(np.random.default_rng(seed)).tolist() for seed in range(20)]
+    assert all(sorted(order) == list(range(12)) for order in orders) and len(set(map(tuple, orders))) == 20
+    for order in orders:
+        textures = [rows.texture_rows[row] for row in order]
+        assert len(set(textures[:6])) == len(set(textures[6:])) == 2, "two textures at a time"
+    assert len({frozenset(rows.texture_rows[row] for row in order[:6]) for order in orders}) > 3
+    assert any(len({rows.texture_rows[row] for row in order[:3]}) == 2 for order in orders), "their rows are mixed"
+
+
 def test_renders_made_online_are_fresh_each_epoch(tmp_path, mesh, textures):
     source, spec = HuggingFaceATLAS(str(textures), textures / "prompts.txt"), f"obj:{mesh}"
     root = build_dataset(source, spec, 0, tmp_path / "textures only", 32, 24)

@@ -159,9 +159,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(config,
 
     monkeypatch.setattr(training, "batch_losses", poisoned)
     run = training.set_up(config("run"), "joint")
-    batches = iter(
-        torch.utils.data.DataLoader(run.dataset, batch_sampler=training.shuffled_batches(len(run.dataset), 4, 0))
-    )
+    batches = iter(torch.utils.data.DataLoader(run.dataset, batch_sampler=training.shuffled_batches(run.dataset, 4, 0)))
     counted = []
     for step in (1, 2, 3):
         before = [parameter.clone() for parameter in run.parameters]

@@ -232,11 +232,18 @@ def test_two_runs_are_equal_to_the_bit(make_config, tmp_path):
 
 
 def test_batches_visit_every_row_each_epoch():
-    batches = shuffled_batches(10, 4, seed=1)
+    class Rows:
+        def __len__(self):
+            return 10
+
+        def shuffled(self, rng):
+            return rng.permutation(10)
+
+    batches = shuffled_batches(Rows(), 4, seed=1)
     rows = [row for _ in range(5) for row in next(batches)]
     assert sorted(rows[:10]) == list(range(10)) and sorted(rows[10:]) == list(range(10, 20)), "each its own numbers"
     assert rows[:10] != [row - 10 for row in rows[10:]], "and its own order"
-    later = shuffled_batches(10, 4, seed=1, start=3)
+    later = shuffled_batches(Rows(), 4, seed=1, start=3)
     assert [row for _ in range(2) for row in next(later)] == rows[12:], "from any batch on"
 
 
