@@ -35,7 +35,7 @@ from render.rigs import load_rig
 
 TEXTURES_PER_SHARD = 32
 ROWS_PER_GROUP = 16  # of a shard's rows, the unit that is written and read at once
-JPEG = dict(format="JPEG", quality=90, subsampling=0)
+JPEG = dict(format="JPEG", quality=86, subsampling=0)
 JPEG_BYTES = 0.11  # a pixel, for the estimate of the disk space
 
 COLOUR = datasets.Sequence(datasets.Value("float32"))

@@ -107,10 +107,11 @@ def make_background(kind: str, rng: np.random.Generator, height: int, width: int
         share = (x * np.cos(angle) + y * np.sin(angle) + 0.5).clamp(0, 1)
         return colours[0] * (1 - share) + colours[1] * share
     if kind == "noise":
-        field = torch.zeros(1, 1, height, width)
+        field = torch.zeros(1, 1, max(1, height // 8), max(1, width // 8))  # smooth: an eighth of the size will do
         for octave in range(3):
             grid = torch.from_numpy(rng.uniform(-1, 1, (1, 1, 3 * 2**octave + 1, 2 * 2**octave + 1))).float()
-            field += F.interpolate(grid, size=(height, width), mode="bicubic", align_corners=True) / 2**octave
+            field += F.interpolate(grid, size=field.shape[-2:], mode="bicubic", align_corners=True) / 2**octave
+        field = F.interpolate(field, size=(height, width), mode="bilinear", align_corners=True)
         share = (0.5 + 0.45 * field[0]).clamp(0, 1)
         return colours[0] * (1 - share) + colours[1] * share
     files = background_files(folder)

@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets
+import numpy as np
 import psutil
 from torch.utils.data import DataLoader, Dataset
 
