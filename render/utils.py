@@ -258,17 +258,11 @@ class Lights:
 
     coefficients: Tensor
 
-    def at(self, normals: Tensor, view: Tensor) -> Tensor:
-        """Unit normals (K, 3) in pictures `view` (K,) → light (K, 3), not negative."""
+    def at(self, normals: Tensor) -> Tensor:
+        """Unit normals (V, 3) or (N, V, 3) → the light that falls there, (N, V, 3), not negative."""
         x, y, z = normals.unbind(-1)
         basis = torch.stack([torch.ones_like(x), x, y, z, x * y, y * z, z * x, x * x, y * y], dim=-1)
-        if len(self.coefficients) == 1:
-            return (basis @ self.coefficients[0]).clamp(min=0)
-        light = torch.empty_like(normals)
-        for index, coefficients in enumerate(self.coefficients):  # each picture's pixels follow one another
-            start, end = torch.searchsorted(view, torch.tensor([index, index + 1], device=view.device)).tolist()
-            light[start:end] = basis[start:end] @ coefficients
-        return light.clamp(min=0)
+        return (basis @ self.coefficients).clamp(min=0)
 
     def __add__(self, other: "Lights") -> "Lights":
         return Lights(self.coefficients + other.coefficients)
@@ -358,13 +352,13 @@ def shade(
     if 1 < views != len(textures) > 1:
         raise ValueError(f"{len(textures)} textures for {views} views; give one, one a view, or a single view")
     view = fragments.view
-    # What a triangle's corners carry, side by side: texture coordinates and normals, (N or 1, F, 3, 5).
-    normals = vertex_normals(vertices, body.faces).index_select(-2, body.faces.flatten())
-    uvs = _take(body.uvs, body.uv_faces.flatten())
-    carried = torch.cat([uvs.expand(*normals.shape[:-1], 2), normals], dim=-1).unflatten(-2, (-1, 3)).flatten(-2)
-    corner = fragments.face if carried.dim() == 2 else view * len(body.faces) + fragments.face
-    uv, normals = _blend_corners(fragments.barycentrics, _take(carried.view(-1, 15), corner)).split([2, 3], dim=-1)
-    normals = F.normalize(normals, dim=-1)
+    # What a triangle's corners carry, side by side: texture coordinates and light, (N, F, 3, 5). Light is smooth
+    # enough to be worked out at the vertices.
+    light = lights.at(vertex_normals(vertices, body.faces)).index_select(-2, body.faces.flatten())
+    uvs = _take(body.uvs, body.uv_faces.flatten()).expand(len(light), -1, -1)
+    carried = torch.cat([uvs, light], dim=-1).view(-1, 15)
+    corner = fragments.face if len(light) == 1 else view * len(body.faces) + fragments.face
+    uv, light = _blend_corners(fragments.barycentrics, _take(carried, corner)).split([2, 3], dim=-1)
     density = (_take(_uv_areas(body), fragments.face) / fragments.area.clamp(min=1e-6)).sqrt() * textures.shape[-1]
     if views == 1 or len(textures) == 1:
         colours = sample_textures(textures, uv, density)
@@ -375,7 +369,7 @@ def shade(
             for texture, start, end in zip(textures, edges, edges[1:])
         ]
         colours = torch.cat(parts, dim=-1)
-    colours = (colours * lights.at(normals, view).T).clamp(0, 1)  # (1 or B, 3, K)
+    colours = (colours * light.T).clamp(0, 1)  # (1 or B, 3, K)
 
     # Each fragment is one of supersample^2 in its pixel; what none covers shows the background. (B, 3, N, h, w)
     size = (views, height // supersample, width // supersample)

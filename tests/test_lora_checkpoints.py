@@ -120,7 +120,7 @@ def test_an_interrupted_or_poisoned_save_leaves_the_last_checkpoint(trained, tmp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("checkpoints.save_config", disk_full)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="No space left on device"):
         save_checkpoint(folder.with_name("step-000002"), cfg, "joint", 2, base.unet, aligner)
     monkeypatch.undo()
     assert newest_checkpoint(tmp_path / "checkpoints") == folder
