@@ -170,7 +170,7 @@ def train(cfg: Config, task: str, dry_run: bool = False, resume: str | None = No
                 run.dataset, schedule.batch_size, cfg.training.seed, start=run.global_step * run.accumulation
             ),
             num_workers=cfg.data.num_workers,
-            worker_init_fn=ignore_stop_signals,
+            worker_init_fn=ignore_ctrl_c,
             pin_memory=run.base.device.type == "cuda",
         )
     )
@@ -255,10 +255,10 @@ def optimizer_step(run: Run, global_step: int, batches: Iterator[dict]) -> tuple
     return losses, prompts
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """A signal to the whole group of processes is the main one's to answer; the loader's workers go with it."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def ignore_ctrl_c(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal and is the main one's to answer. SIGTERM is left alone: it is how
+    Python ends the loader's workers at exit, which would wait for ever for one that ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class StopRequest:
