@@ -1,6 +1,6 @@
 """The frozen base: a Stable Diffusion folder or hub name, and a CLIP vision model for image conditioning."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,7 +27,6 @@ class BaseModel:
     image_encoder: CLIPVisionModel | None
     image_processor: CLIPImageProcessorPil | None
     noise_scheduler: DDPMScheduler
-    posteriors: dict = field(default_factory=dict)  # of textures already encoded, by their id
 
     @property
     def device(self) -> torch.device:
@@ -82,12 +81,14 @@ def load_base(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
+    zero_terminal_snr: bool = False,
 ) -> BaseModel:
     """Loads a base frozen.
 
     pretrained_model: a folder in the diffusers layout or a hub name. image_encoder: a CLIP vision model's folder
     or hub name; None means `image_encoder/` and `feature_extractor/` inside pretrained_model, if it has them.
-    dtype: of the frozen weights. Raises UserError when a part is missing or unreadable.
+    dtype: of the frozen weights. zero_terminal_snr: the noise schedule is rescaled to end in pure noise. Raises
+    UserError when a part is missing or unreadable.
     """
     source = resolve_source(pretrained_model)
     if attention == "xformers":
@@ -121,6 +122,10 @@ def load_base(
     prediction_type = base.noise_scheduler.config.prediction_type
     if prediction_type not in ("epsilon", "v_prediction"):
         raise UserError(f"{pretrained_model} predicts {prediction_type!r}; epsilon and v_prediction are supported")
+    if zero_terminal_snr and prediction_type == "epsilon":
+        raise UserError("model.zero_terminal_snr needs a base that predicts v: of pure noise, epsilon tells nothing")
+    if zero_terminal_snr:
+        base.noise_scheduler = DDPMScheduler.from_config(base.noise_scheduler.config, rescale_betas_zero_snr=True)
     for module in base.modules().values():
         module.requires_grad_(False).eval().to(device)
     if attention == "xformers":

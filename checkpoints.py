@@ -24,13 +24,15 @@ RESUME_FILE = "training_state.pt"
 
 
 def save_checkpoint(
-    folder: Path, cfg: Config, task: str, global_step: int, unet, aligner: nn.Module | None, state: dict | None = None
-) -> None:
+    folder: Path, cfg: Config, task: str, global_step: int, base: BaseModel, aligner: nn.Module | None,
+    state: dict | None = None,
+) -> None:  # fmt: skip
     """Writes LoRA, aligner (unless None), the resolved configuration, the step, and what resuming needs (unless None).
 
     Raises UserError on NaN weights or a full disk: no half checkpoint is left, and earlier ones stay.
     """
-    trained = lora_parameters(unet) + (list(aligner.parameters()) if aligner else [])
+    trained = lora_parameters(base.unet) + lora_parameters(base.text_encoder)
+    trained += list(aligner.parameters()) if aligner else []
     if not all_finite(trained):
         raise UserError(f"weights at step {global_step} are not finite: {folder} is not written, earlier checkpoints "
                         "are whole; lower the learning rate")  # fmt: skip
@@ -38,7 +40,7 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        save_lora(unet, partial)
+        save_lora(base, partial)
         if aligner is not None:
             weights = {key: value.detach().cpu().contiguous() for key, value in aligner.state_dict().items()}
             metadata = {key: str(value) for key, value in cfg.model.aligner.model_dump().items()}
@@ -85,7 +87,9 @@ def load_state(folder: Path, cfg: Config, task: str) -> dict:
     if not (folder / RESUME_FILE).is_file():
         raise UserError(f"{folder} cannot be resumed: it has no {RESUME_FILE}; give a step-* folder of training")
     saved, now = load_config(folder / CONFIG_FILE).model_dump(), cfg.model_dump()
-    pairs = {"model": (saved["model"], now["model"]), "training.seed": (saved["training"]["seed"], cfg.training.seed)}
+    pairs = {"model": (saved["model"], now["model"])}
+    for key in ("seed", "optimizer", "ema_decay"):
+        pairs[f"training.{key}"] = (saved["training"][key], now["training"][key])
     for key in ("batch_size", "effective_batch_size", "weight_decay"):
         pairs[f"training.{task}.{key}"] = (saved["training"][task][key], now["training"][task][key])
     for key, (before, after) in pairs.items():
@@ -153,8 +157,11 @@ def load_trained(cfg: Config, lora: Path, aligner: Path | None) -> TrainedModel:
     """The configured base with the LoRA and, unless None, the aligner at those paths."""
     device = pick_device(cfg.training.device)
     dtype = frozen_dtype(resolve_precision(cfg.training.mixed_precision, device), device)
-    base = load_base(cfg.model.pretrained_model, cfg.model.image_encoder, device, dtype, cfg.model.attention)
-    load_lora(base.unet, lora)
+    base = load_base(
+        cfg.model.pretrained_model, cfg.model.image_encoder, device, dtype, cfg.model.attention,
+        cfg.model.zero_terminal_snr,
+    )  # fmt: skip
+    load_lora(base, lora)
     loaded = None if aligner is None else load_aligner(Path(aligner), cfg.model.aligner, base)
     return TrainedModel(base, loaded, cfg)
 

@@ -65,9 +65,11 @@ def make_aligner(settings, base: BaseModel) -> nn.Module:
     return aligner.to(base.device)
 
 
-@torch.no_grad()
 def encode_prompts(base: BaseModel, prompts: list[str]) -> Tensor:
-    """B prompts → encoder_hidden_states: (B, L, D) float32; a prompt longer than the tokenizer's limit is cut."""
+    """B prompts → encoder_hidden_states: (B, L, D) float32; a prompt longer than the tokenizer's limit is cut.
+
+    Differentiable where the text encoder has a LoRA that is trained.
+    """
     tokens = base.tokenizer(
         prompts, padding="max_length", max_length=base.context_tokens, truncation=True, return_tensors="pt"
     )
@@ -85,9 +87,8 @@ def encode_images(base: BaseModel, images: Tensor) -> Tensor:
     return base.image_encoder(pixel_values=pixels.to(base.image_encoder.dtype)).last_hidden_state.float()
 
 
-def drop_conditions(encoder_hidden_states: Tensor, null_states: Tensor, rate: float, generator) -> Tensor:
-    """Replaces each row of (B, L, D) by null_states (1, L, D) with probability `rate`; draws on the CPU."""
-    dropped = torch.rand(len(encoder_hidden_states), generator=generator) < rate
+def drop_conditions(encoder_hidden_states: Tensor, null_states: Tensor, dropped: Tensor) -> Tensor:
+    """Replaces the rows of (B, L, D) that `dropped` (B,) names by null_states (1, L, D)."""
     return torch.where(dropped.to(encoder_hidden_states.device)[:, None, None], null_states, encoder_hidden_states)
 
 

@@ -54,12 +54,16 @@ class LoRA(Section):
     alpha: Annotated[Number, Field(gt=0)] = 32  # the update is scaled by alpha / r
     dropout: Share = 0.0
     target_modules: list[str] = ["to_q", "to_k", "to_v", "to_out.0"]
+    use_rslora: bool = False  # scale by alpha / sqrt(r) (Kalajdzievski 2023)
+    use_dora: bool = False  # magnitude and direction apart (Liu et al. 2024)
+    text_encoder_r: Positive | None = None  # rank of a LoRA on the text encoder's attention too; null: none
 
 
 class Aligner(Section):
     kind: Literal["query", "pooled"] = "query"  # query: learned queries cross-attend to all image tokens
     layers: Positive = 3
     heads: Positive = 8
+    token_dropout: Share = 0.0  # share of image tokens hidden in training, so that none is relied on
 
 
 class Model(Section):
@@ -67,6 +71,9 @@ class Model(Section):
     image_encoder: str | None = None  # CLIP vision folder or hub name; null: image_encoder/ in pretrained_model
     attention: Literal["sdpa", "xformers"] = "sdpa"  # xformers is optional and never needed
     gradient_checkpointing: bool = False
+    channels_last: bool = False  # memory format of the UNet's convolutions
+    compile: bool = False  # the whole UNet, for fixed shapes; needs a C++ compiler, on CUDA Triton
+    zero_terminal_snr: bool = False  # the last timestep is pure noise (Lin et al. 2024); for v-prediction
     prompt_template: str = "{prompt}"  # what the text encoder is given, in training and inference
     lora: LoRA = LoRA()
     aligner: Aligner = Aligner()
@@ -82,8 +89,9 @@ class Model(Section):
 class Schedule(Section):
     """How one task trains; t2uv and i2uv take the values of joint unless they are set."""
 
-    batch_size: Positive = 8  # rows in one forward
-    effective_batch_size: Positive = 32  # rows in one optimiser step, a multiple of batch_size
+    schedule: Literal["alternate", "paired"] = "alternate"  # text, then image; paired: both in one UNet forward
+    batch_size: Positive = 8  # rows in one forward of one process
+    effective_batch_size: Positive = 32  # rows in one optimiser step, a multiple of batch_size times processes
     num_epochs: Positive = 10
     max_steps: Positive | None = None  # optimiser steps; null: num_epochs
     learning_rate: Annotated[Number, Field(gt=0)] = 1e-4
@@ -96,6 +104,7 @@ class Schedule(Section):
     alpha: Annotated[Number, Field(ge=0)] = 1.0  # weight of loss/t2uv
     beta: Annotated[Number, Field(ge=0)] = 1.0  # weight of loss/i2uv
     gamma: Annotated[Number, Field(ge=0)] = 0.0  # weight of loss/align: aligner tokens against the prompt's states
+    both_share: Share = 0.0  # share of I2UV rows conditioned on a random blend of picture and prompt
 
     @model_validator(mode="after")
     def _divides(self):
@@ -111,6 +120,10 @@ class Training(Section):
     device: str = "auto"  # auto: CUDA where there is one
     mixed_precision: Precision = "auto"  # auto: bf16 where the hardware has it
     max_skipped_steps: Annotated[int, Field(ge=0)] = 5  # in a row, for a gradient that is not finite; more end the run
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "schedulefree"] = "adamw"  # all but adamw: their own package
+    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = None  # checkpoints hold the average; null: none
+    min_snr_gamma: Annotated[Number, Field(gt=0)] | None = None  # weight of timesteps (Hang et al. 2023), 5 say
+    outside_weight: Share = 1.0  # of texels outside the UV islands in the loss; 0 leaves them out
     joint: Schedule = Schedule()
     t2uv: Schedule = Schedule()
     i2uv: Schedule = Schedule()
@@ -176,7 +189,9 @@ class Data(Section):
     views_per_texture: Positive = 4  # for procedural:COUNT and for online views
     body: str | None = None  # whose UV layout the textures have: anny or obj:PATH; null: what the data set says
     render: Render = Render()  # what online views and newly built data sets show
+    cache: Literal["none", "latents", "all"] = "all"  # on disk: posteriors; all: text states and image tokens too
     cache_dir: str = "data_cache"
+    validation_textures: Annotated[int, Field(ge=0)] = 0  # held out of training, always the same of a data set
     resolution: Positive | None = None  # side of the textures; null: what the base was trained on
     num_workers: Annotated[int, Field(ge=0)] = 0
 
@@ -188,6 +203,7 @@ class Output(Section):
     save_every: Positive = 500
     keep_last: Positive | None = None  # checkpoints of a run; null: all
     sample_every: Positive = 500
+    validate_every: Positive = 100
     sample_prompts: list[str] = []  # besides pictures of the data set, for the grid in TensorBoard
 
 
@@ -292,6 +308,8 @@ def parse_training_args(description: str) -> tuple[Config, dict]:
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="check everything, load one batch, report, stop")
     parser.add_argument("--resume", metavar="auto|DIR", help="go on from the newest checkpoint, or from this one")
+    parser.add_argument("--cache-only", action="store_true", help="build the caches on disk and stop")
+    parser.add_argument("--rebuild-cache", action="store_true", help="build the caches on disk anew")
     args, unknown = parser.parse_known_args()
-    cfg = load_config(args.config, dotted_overrides(unknown))
-    return cfg, {"dry_run": args.dry_run, "resume": args.resume}
+    options = vars(args)
+    return load_config(options.pop("config"), dotted_overrides(unknown)), options

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 
@@ -39,9 +40,8 @@ def encode_posterior(vae, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
     return posterior.mean.float(), posterior.std.float()
 
 
-def sample_posterior(vae, mean: Tensor, std: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """latents of unit scale drawn from a posterior; the noise is drawn on the CPU."""
-    noise = torch.randn(mean.shape, generator=generator).to(mean)
+def sample_posterior(vae, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+    """latents of unit scale from a posterior and unit noise of its shape."""
     return (mean + std * noise) * vae.config.scaling_factor
 
 
@@ -62,6 +62,14 @@ def training_target(noise_scheduler, latents: Tensor, noise: Tensor, timesteps: 
     if prediction_type == "v_prediction":
         return noise_scheduler.get_velocity(latents, noise, timesteps)
     raise ValueError(f"unknown prediction type {prediction_type!r}")
+
+
+def min_snr_weight(noise_scheduler, timesteps: Tensor, gamma: float) -> Tensor:
+    """(B,) weights min(SNR, gamma) / SNR for epsilon, over SNR + 1 for v-prediction (Hang et al. 2023, eq. 6)."""
+    snr = compute_snr(noise_scheduler, timesteps)
+    if noise_scheduler.config.prediction_type == "epsilon":
+        return snr.clamp(max=gamma) / snr
+    return snr.clamp(max=gamma) / (snr + 1)
 
 
 def inference_scheduler(noise_scheduler):

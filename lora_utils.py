@@ -14,42 +14,62 @@ from errors import UserError, reason
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
+ADAPTED = ("unet", "text_encoder")
+TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
 def add_lora(unet, settings) -> list[torch.nn.Parameter]:
     """Puts a new LoRA (configuration.LoRA) on a frozen UNet → its parameters, float32 whatever the UNet's dtype.
 
     float32 because in bf16 most updates at lr 1e-4 are smaller than half a step and vanish.
     """
+    return _add_adapter(unet, settings, settings.r, settings.alpha, settings.target_modules)
+
+
+def add_text_encoder_lora(text_encoder, settings) -> list[torch.nn.Parameter]:
+    """The same on the text encoder's attention, of rank text_encoder_r and at the UNet's scale of alpha / r."""
+    alpha = settings.alpha * settings.text_encoder_r / settings.r
+    return _add_adapter(text_encoder, settings, settings.text_encoder_r, alpha, TEXT_ENCODER_TARGETS)
+
+
+def _add_adapter(module, settings, r: int, alpha: float, target_modules: list[str]) -> list[torch.nn.Parameter]:
     config = LoraConfig(
-        r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout, init_lora_weights="gaussian",
-        target_modules=settings.target_modules,
+        r=r, lora_alpha=alpha, lora_dropout=settings.dropout, init_lora_weights="gaussian",
+        target_modules=target_modules, use_rslora=settings.use_rslora, use_dora=settings.use_dora,
     )  # fmt: skip
     try:
-        unet.add_adapter(config)
+        module.add_adapter(config)
     except ValueError as error:
-        raise UserError(f"model.lora.target_modules {settings.target_modules}: {reason(error)}") from None
-    cast_training_params(unet, dtype=torch.float32)
-    return lora_parameters(unet)
+        raise UserError(f"model.lora.target_modules {target_modules}: {reason(error)}") from None
+    cast_training_params(module, dtype=torch.float32)
+    return lora_parameters(module)
 
 
-def lora_parameters(unet) -> list[torch.nn.Parameter]:
-    return [parameter for name, parameter in unet.named_parameters() if "lora_" in name]
+def lora_parameters(module) -> list[torch.nn.Parameter]:
+    return [parameter for name, parameter in module.named_parameters() if "lora_" in name]
 
 
-def save_lora(unet, folder: Path) -> None:
-    """Writes diffusers' LoRA file with rank and alpha in its metadata, for `load_lora_weights` anywhere.
+def save_lora(base, folder: Path) -> None:
+    """Writes diffusers' LoRA file, with rank and alpha in its metadata, for `load_lora_weights` anywhere.
 
-    The keys are PEFT's: diffusers' own older names cover attention alone, and a file that mixes both loads half.
+    It holds what the base's UNet has, and its text encoder where that has a LoRA too. The keys are PEFT's: diffusers' own older
+    names cover attention alone, and a file that mixes both loads half.
     """
-    config = unet.peft_config["default"].to_dict()
-    StableDiffusionPipeline.save_lora_weights(
-        folder,
-        unet_lora_layers=get_peft_model_state_dict(unet),
-        unet_lora_adapter_metadata={key: value for key, value in config.items() if value is not None},
-    )
+    layers, metadata = {}, {}
+    for name in ADAPTED:
+        module = getattr(base, name)
+        if lora_parameters(module):
+            config = module.peft_config["default"].to_dict()
+            state = get_peft_model_state_dict(module, adapter_name="default")
+            layers[f"{name}_lora_layers"] = {key: value.contiguous() for key, value in state.items()}
+            metadata[f"{name}_lora_adapter_metadata"] = {
+                key: value for key, value in config.items() if value is not None
+            }
+    StableDiffusionPipeline.save_lora_weights(folder, **layers, **metadata)
 
 
-def load_lora(unet, path: str | Path) -> None:
-    """Puts a saved LoRA on the UNet, frozen.
+def load_lora(base, path: str | Path) -> None:
+    """Puts a saved LoRA on a base's UNet, and on its text encoder where there is one for it, frozen.
 
     path: a folder with diffusers' LoRA file (ours) or a PEFT adapter (adapter_config.json), or the diffusers
     file itself. Raises UserError when it is missing, unreadable or made for another base.
@@ -62,22 +82,29 @@ def load_lora(unet, path: str | Path) -> None:
         raise UserError(f"no LoRA at {path}: expected {LORA_FILE} or a PEFT folder with adapter_config.json")
     try:
         if is_peft:
-            _load_peft_adapter(unet, folder)
+            _load_peft_adapter(base.unet, folder)
         else:
-            state, network_alphas, metadata = StableDiffusionPipeline.lora_state_dict(
-                str(file.parent), weight_name=file.name, return_lora_metadata=True, local_files_only=True
-            )
-            StableDiffusionPipeline.load_lora_into_unet(state, network_alphas, unet, metadata=metadata)
-            expected = sum(key.startswith("unet.") for key in state)
-            if expected != len(lora_parameters(unet)):
-                raise ValueError(f"{len(lora_parameters(unet))} of its {expected} weights fit this UNet")
+            _load_diffusers_file(base, file)
     except Exception as error:  # diffusers, peft, pickle and safetensors each have their own errors
         raise UserError(f"cannot load the LoRA at {path}: {reason(error)}; was it made for another base?") from error
-    parameters = lora_parameters(unet)
-    if not parameters:
+    if not lora_parameters(base.unet):
         raise UserError(f"the LoRA at {path} has no weights for this UNet; was it made for another base?")
-    for parameter in parameters:
+    for parameter in (*lora_parameters(base.unet), *lora_parameters(base.text_encoder)):
         parameter.requires_grad_(False)
+
+
+def _load_diffusers_file(base, file: Path) -> None:
+    state, network_alphas, metadata = StableDiffusionPipeline.lora_state_dict(
+        str(file.parent), weight_name=file.name, return_lora_metadata=True, local_files_only=True
+    )
+    StableDiffusionPipeline.load_lora_into_unet(state, network_alphas, base.unet, metadata=metadata)
+    if any(key.startswith("text_encoder.") for key in state):
+        StableDiffusionPipeline.load_lora_into_text_encoder(state, network_alphas, base.text_encoder, metadata=metadata)
+    for name in ADAPTED:
+        expected = sum(key.startswith(f"{name}.") for key in state)
+        found = len(lora_parameters(getattr(base, name)))
+        if expected != found:
+            raise ValueError(f"{found} of its {expected} weights fit this {name}")
 
 
 def _load_peft_adapter(unet, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Textures to build from (`HuggingFaceATLAS`, `ProceduralTextures`) and renders to train on (`ATLASLarge`)."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -146,8 +147,10 @@ class ATLASLarge(Dataset):
     body is the spec of the mesh whose UV layout the textures have; None where the layout does not say.
 
     A row: texture (3, resolution, resolution) in [-1, 1], filled outside the islands; texture_id; prompt; and but for
-    t2uv image (3, image_size, image_size) in [-1, 1], padded to a square. Rows 0 .. len - 1 come again and again as
-    rows len .. 2 len - 1 and so on: the same, but for renders that are made anew (see `render_online`).
+    t2uv image (3, image_size, image_size) in [-1, 1], padded to a square. Where `cached` (see caching.py) has them, a
+    row holds posterior instead of texture, image_tokens instead of image, and text_states. Rows 0 .. len - 1 come
+    again and again as rows len .. 2 len - 1 and so on: the same, but for renders that are made anew (see
+    `render_online`).
     """
 
     def __init__(
@@ -172,10 +175,12 @@ class ATLASLarge(Dataset):
             raise
         except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
             raise UserError(f"cannot read data set {root}: {reason(error)}; build it again") from error
+        self.rows = np.arange(self._stored_rows())
         if not len(self):
             raise UserError(f"data set {root} has no rows")
         self.prompts = self.textures["prompt"][:]
         self.decoded: dict[int, Tensor] = {}
+        self.cached: dict = {}  # name → row → tensor
 
     def _open_built(self, root: Path, cache_dir: str | None) -> None:
         info = json.loads((root / INFO_FILE).read_text())
@@ -220,40 +225,86 @@ class ATLASLarge(Dataset):
         )
 
         def fresh_render(texture_row: int, number: int) -> Tensor:
-            texture, size = fill_outside(self._texture(texture_row), mask), (self.image_size, width)
+            texture, size = fill_outside(self.texture(texture_row), mask), (self.image_size, width)
             picture, _ = render_texture(rig, texture, render, seed, texture_row, [number], *size)[0]
             return prepare_image(image_from_pixels(picture), self.image_size)
 
         self.fresh_render = fresh_render
+        self.rows = np.arange(self._stored_rows())
+
+    def _stored_rows(self) -> int:
+        """Renders where there are any, or else textures."""
+        return len(self.texture_rows) if self._has_images else len(self.textures)
+
+    @property
+    def _has_images(self) -> bool:
+        return self.renders is not None or self.fresh_render is not None
+
+    def _texture_row(self, row: int) -> int:
+        return self.texture_rows[row] if self._has_images else row
+
+    def hold_out(self, count: int) -> "ATLASLarge":
+        """Takes the rows of `count` textures out of this data set → one with the first render of each.
+
+        They are the same for every run on the same data set. Raises UserError when none would be left.
+        """
+        if count >= len(self.textures):
+            raise UserError(f"data.validation_textures {count} leaves none of {len(self.textures)} textures to "
+                            "train on; set it lower, 0 holds none out")  # fmt: skip
+        chosen = set(np.random.default_rng(0).permutation(len(self.textures))[:count].tolist())
+        held_out, first = copy.copy(self), {}
+        for row in self.rows.tolist():
+            if self._texture_row(row) in chosen:
+                first.setdefault(self._texture_row(row), row)
+        held_out.rows = np.array(sorted(first.values()), np.int64)
+        self.rows = np.array([row for row in self.rows.tolist() if self._texture_row(row) not in chosen], np.int64)
+        return held_out
 
     def __len__(self) -> int:
-        return len(self.textures) if self.renders is None and self.fresh_render is None else len(self.texture_rows)
+        return len(self.rows)
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
         """All rows in random order, the renders of a texture near each other: textures are drawn TEXTURES_KEPT at a
         time and their rows shuffled among themselves, so that each is decoded once an epoch and not once a render.
         """
-        if self.renders is None and self.fresh_render is None:
+        if not self._has_images:
             return rng.permutation(len(self))
         place = np.empty(len(self.textures), np.int64)
         place[rng.permutation(len(self.textures))] = np.arange(len(self.textures)) // TEXTURES_KEPT
-        return np.lexsort((rng.permutation(len(self)), place[np.asarray(self.texture_rows)]))
+        return np.lexsort((rng.permutation(len(self)), place[np.asarray(self.texture_rows)[self.rows]]))
 
     def __iter__(self) -> Iterator[dict]:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> dict:
-        number, index = index, index % len(self)
-        texture_row = index if self.renders is None and self.fresh_render is None else self.texture_rows[index]
-        row = {"texture": self._texture(texture_row), "prompt": self.prompts[texture_row], "texture_id": texture_row}
-        if self.renders is not None:
-            image = self._open(self.renders[index]["image"], f"image of row {index}", self.image_size)
-            row["image"] = prepare_image(image, self.image_size)
-        elif self.fresh_render:
-            row["image"] = self.fresh_render(texture_row, number)
-        return row
+        row = int(self.rows[index % len(self)])
+        texture_row, cached = self._texture_row(row), self.cached
+        found = {"prompt": self.prompts[texture_row], "texture_id": texture_row}
+        if "posterior" in cached:
+            found["posterior"] = cached["posterior"][texture_row]
+        else:
+            found["texture"] = self.texture(texture_row)
+        if "text_states" in cached:
+            found["text_states"] = cached["text_states"][texture_row]
+        if "image_tokens" in cached:
+            found["image_tokens"] = cached["image_tokens"][row]
+        elif self._has_images:
+            found["image"] = self.image(row, index)
+        return found
 
-    def _texture(self, row: int) -> Tensor:
+    def picture(self, index: int) -> Tensor:
+        """The render that row `index` shows, cached or not: (3, image_size, image_size) in [-1, 1]."""
+        return self.image(int(self.rows[index]), index)
+
+    def image(self, row: int, number: int = 0) -> Tensor:
+        """Stored render `row`, or the fresh render number `number` of its texture."""
+        if self.fresh_render:
+            return self.fresh_render(self.texture_rows[row], number)
+        return prepare_image(
+            self._open(self.renders[row]["image"], f"image of row {row}", self.image_size), self.image_size
+        )
+
+    def texture(self, row: int) -> Tensor:
         """Texture `row`, kept for the next of its renders: a small set is decoded once in all."""
         if row not in self.decoded:
             if len(self.decoded) >= TEXTURES_KEPT:

@@ -25,17 +25,25 @@ SETTINGS = (
     "--data.dataset=procedural:6", "--data.views_per_texture=2", "--training.joint.batch_size=2",
     "--training.joint.effective_batch_size=4", f"--training.joint.max_steps={STEPS}", "--output.save_every=2",
     "--output.sample_every=100000", "--output.keep_last=2", "--model.lora.dropout=0.1",
+    "--training.ema_decay=0.9", "--data.validation_textures=1", "--output.validate_every=10",
 )  # fmt: skip
 
 
-def run(work: str, name: str, after: float | None = None, number: int = signal.SIGKILL) -> int:
-    """joint.py --resume auto, which gets signal `number` after so many seconds → its exit status."""
+def run(
+    work: str, name: str, after: float | None = None, number: int = signal.SIGKILL, while_saving: bool = False
+) -> int:
+    """joint.py --resume auto, which gets signal `number` after so many seconds → its exit status.
+
+    while_saving: and not before a checkpoint is being written.
+    """
     command = [sys.executable, str(ROOT / "joint.py"), "--resume", "auto", *SETTINGS, f"--output.out_dir={work}/{name}",
                f"--output.log_dir={work}/logs", f"--data.cache_dir={work}/cache"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     try:
         _, error = process.communicate(timeout=after)
     except subprocess.TimeoutExpired:
+        while while_saving and process.poll() is None and not list(Path(work, name, "joint").glob(".step-*.partial")):
+            time.sleep(0.0005)
         os.killpg(process.pid, number)
         _, error = process.communicate()
     if process.returncode not in (0, STOPPED, -signal.SIGKILL, -signal.SIGTERM):
@@ -62,10 +70,11 @@ def main():
         run(work, "whole")
         took = time.perf_counter() - began
         print(f"undisturbed: {took:.0f} s for {STEPS} steps")
-        final, statuses, kills = f"joint/step-{STEPS:06d}", [], 0
+        final, statuses, kills, torn = f"joint/step-{STEPS:06d}", [], 0, 0
         while kills < args.kills:
-            number = signal.SIGTERM if kills % 4 == 3 else signal.SIGKILL
-            statuses.append(run(work, "killed", moments.uniform(0.4, 0.65) * took, number))
+            number, while_saving = signal.SIGTERM if kills % 4 == 3 else signal.SIGKILL, kills % 4 == 1
+            statuses.append(run(work, "killed", moments.uniform(0.4, 0.65) * took, number, while_saving))
+            torn += while_saving and bool(list(Path(work, "killed", "joint").glob(".step-*.partial")))
             kills += statuses[-1] != 0
             saved = sorted(Path(work, "killed", "joint").glob("step-*"))
             print(f"{kills:>3} status {statuses[-1]:>4} {saved[-1].name if saved else 'nothing saved'}", flush=True)
@@ -79,7 +88,8 @@ def main():
             equal(*(load_file(folder / name) for folder in ends))
             for name in ("pytorch_lora_weights.safetensors", "aligner.safetensors")
         )
-        result = {"kills": kills, "saved_on_sigterm": statuses.count(STOPPED), "identical": identical}
+        result = {"kills": kills, "saved_on_sigterm": statuses.count(STOPPED), "while_saving": torn,
+                  "identical": identical}  # fmt: skip
     print(json.dumps(result))
 
 

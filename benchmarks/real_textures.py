@@ -49,7 +49,7 @@ def nearest(generated: Tensor, real: Tensor, mask: Tensor) -> tuple[list[int], T
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument(
         "--keep", type=Path, help="folder for the data set, checkpoint and textures (default: thrown away)"
     )
@@ -65,7 +65,7 @@ def main():
         cfg = load_config(DEFAULT_CONFIG, [
             f"data.dataset={dataset}", f"data.body={body_spec}", f"data.cache_dir={work / 'cache'}",
             f"output.out_dir={work / 'checkpoints'}", f"output.log_dir={work / 'logs'}", "output.sample_every=1000000",
-            "output.save_every=1000000", f"training.seed={SEED}", f"training.joint.max_steps={args.steps}",
+            "output.save_every=1000000", "data.validation_textures=0", f"training.seed={SEED}", f"training.joint.max_steps={args.steps}",
             "training.joint.batch_size=7", "training.joint.effective_batch_size=7",
             "training.joint.learning_rate=3e-3", "training.joint.aligner_learning_rate=5e-4",
             "training.joint.gamma=2",

@@ -133,24 +133,62 @@ def _rasterize_points(points: Tensor, faces: Tensor, height: int, width: int, ba
     Cuts each triangle into the spans of pixels that its rows cover, and keeps the nearest in each pixel. A pixel is
     covered when its centre is; an edge shared by two triangles gives both the same crossing, so that none is missed.
     """
-    views, device = len(points), points.device
-    # Each coordinate apart, (3, N * F): one corner after the other.
-    index = faces.T[:, None] + torch.arange(views, device=device)[:, None] * points.shape[1]
-    x, y, depth = (_take(part, index.flatten()).view(3, -1) for part in points.flatten(0, 1).unbind(-1))
-    doubled_area = (x[1] - x[0]) * (y[2] - y[0]) - (x[2] - x[0]) * (y[1] - y[0])  # negative: the front, as y is down
-    # The pixel centres covered in x and y are first .. last - 1.
-    first_x, first_y = ((part.amin(0) - 0.5).ceil().clamp(min=0) for part in (x, y))
-    last_x, last_y = ((part.amax(0) - 0.5).ceil().clamp(max=limit) for part, limit in ((x, width), (y, height)))
-    usable = (first_x < last_x) & (first_y < last_y) & (depth.amin(0) > NEAR) & (x + y + depth).isfinite().all(0)
-    usable &= (doubled_area != 0) if back_faces else (doubled_area < 0)
-    triangle = usable.nonzero()[:, 0]
-    x, y, depth = (part.index_select(1, triangle) for part in (x, y, depth))
-    first_y, last_y, area = (_take(part, triangle) for part in (first_y, last_y, doubled_area))
+    shape = (len(points), height, width)
+    triangles = _visible_triangles(points, faces, height, width, back_faces)
+    spans = _cut_into_spans(triangles, width)
+    if int(spans.count.sum()) > MAX_CANDIDATES and len(points) > 1:
+        halves = [_rasterize_points(half, faces, height, width, back_faces) for half in points.tensor_split(2)]
+        return _join(*halves)
+    pixel, face = _nearest_faces(triangles, spans, shape, len(faces))
+    return Fragments(shape, pixel, face, *_surface(points, faces, pixel, face, height, width))
 
-    # A span for each row of pixel centres in a triangle.
-    rows = (last_y - first_y).long()
+
+@dataclass(frozen=True)
+class _Triangles:
+    """T triangles on the screen. index: (T,) view * F + face. x, y, depth: (3, T), of the corners. doubled_area: (T,),
+    negative for the front, as y is down. first_row, last_row: (T,) the pixel rows covered are first .. last - 1."""
+
+    index: Tensor
+    x: Tensor
+    y: Tensor
+    depth: Tensor
+    doubled_area: Tensor
+    first_row: Tensor
+    last_row: Tensor
+
+
+@dataclass(frozen=True)
+class _Spans:
+    """S runs of pixels. owner: (S,) the triangle; row, start: (S,) pixel row and first column; count: (S,) pixels."""
+
+    owner: Tensor
+    row: Tensor
+    start: Tensor
+    count: Tensor
+
+
+def _visible_triangles(points: Tensor, faces: Tensor, height: int, width: int, back_faces: bool) -> _Triangles:
+    """Those that cover a pixel centre, perhaps, in front of the camera."""
+    index = faces.T[:, None] + torch.arange(len(points), device=points.device)[:, None] * points.shape[1]
+    # Each coordinate apart, (3, N * F): one corner after the other.
+    x, y, depth = (_take(part, index.flatten()).view(3, -1) for part in points.flatten(0, 1).unbind(-1))
+    doubled_area = (x[1] - x[0]) * (y[2] - y[0]) - (x[2] - x[0]) * (y[1] - y[0])
+    first_column, first_row = ((part.amin(0) - 0.5).ceil().clamp(min=0) for part in (x, y))
+    last_column, last_row = ((part.amax(0) - 0.5).ceil().clamp(max=end) for part, end in ((x, width), (y, height)))
+    usable = (first_column < last_column) & (first_row < last_row) & (depth.amin(0) > NEAR)
+    usable &= (x + y + depth).isfinite().all(0)
+    usable &= (doubled_area != 0) if back_faces else (doubled_area < 0)
+    kept = usable.nonzero()[:, 0]
+    corners = (part.index_select(1, kept) for part in (x, y, depth))
+    return _Triangles(kept, *corners, *(_take(part, kept) for part in (doubled_area, first_row, last_row)))
+
+
+def _cut_into_spans(triangles: _Triangles, width: int) -> _Spans:
+    """A span for each row of pixel centres in each triangle, between the crossings of its edges."""
+    x, y, device = triangles.x, triangles.y, triangles.x.device
+    rows = (triangles.last_row - triangles.first_row).long()
     owner = torch.repeat_interleave(torch.arange(len(rows), device=device), rows)
-    row = torch.arange(len(owner), device=device) + _take(first_y.long() - rows.cumsum(0) + rows, owner)
+    row = torch.arange(len(owner), device=device) + _take(triangles.first_row.long() - rows.cumsum(0) + rows, owner)
     centre = row + 0.5
     left, right = torch.full_like(centre, math.inf), torch.full_like(centre, -math.inf)
     for start, end in ((0, 1), (1, 2), (2, 0)):
@@ -165,48 +203,57 @@ def _rasterize_points(points: Tensor, faces: Tensor, height: int, width: int, ba
     start = (left - 0.5).ceil().clamp(min=0)
     count = ((right - 0.5).ceil().clamp(max=width) - start).clamp(min=0).long()
     kept = (count > 0).nonzero()[:, 0]
-    owner, row, start, count = (_take(part, kept) for part in (owner, row, start, count))
-    total = int(count.sum())
-    if total > MAX_CANDIDATES and views > 1:
-        halves = [_rasterize_points(half, faces, height, width, back_faces) for half in points.tensor_split(2)]
-        return _join(*halves)
+    return _Spans(*(_take(part, kept) for part in (owner, row, start, count)))
 
+
+def _nearest_faces(
+    triangles: _Triangles, spans: _Spans, shape: tuple[int, int, int], faces: int
+) -> tuple[Tensor, Tensor]:
+    """The pixels (K,) that see a triangle, ascending, and the nearest face (K,) there."""
+    (views, height, width), x, y = shape, triangles.x, triangles.y
     # 1 / depth is linear on the screen (Blinn 1992): its value at a span's first pixel and its step to the next.
-    inverse = 1 / depth
+    inverse = 1 / triangles.depth
     (ab, ac), rise = (x[1:] - x[0], y[1:] - y[0]), inverse[1:] - inverse[0]
-    along_x = (rise[0] * ac[1] - rise[1] * ac[0]) / area
-    along_y = (rise[1] * ab[0] - rise[0] * ab[1]) / area
+    along_x = (rise[0] * ac[1] - rise[1] * ac[0]) / triangles.doubled_area
+    along_y = (rise[1] * ab[0] - rise[0] * ab[1]) / triangles.doubled_area
     origin = inverse[0] - x[0] * along_x - y[0] * along_y
-    along_x, along_y, origin, highest = (_take(part, owner) for part in (along_x, along_y, origin, inverse.amax(0)))
-    at_start = origin + (start + 0.5) * along_x + (row + 0.5) * along_y
-    view = torch.div(triangle, len(faces), rounding_mode="floor")
-    face, view = _take(triangle - view * len(faces), owner), _take(view, owner)
-    first_pixel = (view * height + row) * width + start.long()
+    view = torch.div(triangles.index, faces, rounding_mode="floor")
+    along_x, along_y, origin, highest, face, view = (
+        _take(part, spans.owner)
+        for part in (along_x, along_y, origin, inverse.amax(0), triangles.index - view * faces, view)
+    )
+    at_start = origin + (spans.start + 0.5) * along_x + (spans.row + 0.5) * along_y
+    first_pixel = (view * height + spans.row) * width + spans.start.long()
 
     # One integer holds 1 / depth above and the triangle below: positive floats sort like their bits.
-    span = torch.repeat_interleave(torch.arange(len(count), device=device), count, output_size=total)
-    step = torch.arange(total, device=device) - _take(count.cumsum(0) - count, span)
+    total, device = int(spans.count.sum()), x.device
+    span = torch.repeat_interleave(torch.arange(len(spans.count), device=device), spans.count, output_size=total)
+    step = torch.arange(total, device=device) - _take(spans.count.cumsum(0) - spans.count, span)
     nearness = _take(at_start, span) + step * _take(along_x, span)
     nearness = torch.minimum(nearness.nan_to_num(0).clamp(min=1e-12), _take(highest, span))  # slivers run away
     key = (nearness.view(torch.int32).long() << 32) | _take(face, span)
     buffer = torch.full((views * height * width,), -1, device=device)
     buffer.scatter_reduce_(0, _take(first_pixel, span) + step, key, "amax")
-
     pixel = (buffer >= 0).nonzero()[:, 0]
-    face = _take(buffer, pixel) & 0xFFFFFFFF
+    return pixel, _take(buffer, pixel) & 0xFFFFFFFF
+
+
+def _surface(
+    points: Tensor, faces: Tensor, pixel: Tensor, face: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Perspective-correct barycentrics (K, 3), depth (K,) and the triangle's area (K,) at each pixel's centre."""
     row, column = torch.div(pixel, width, rounding_mode="floor"), pixel % width
     view = torch.div(row, height, rounding_mode="floor")
-    # Barycentric coordinates are areas against the pixel's centre; over depth, they are those of the surface.
     corners = _take(points.flatten(0, 1), (_take(faces, face) + (view * points.shape[1])[:, None]).flatten())
     corners = corners.view(-1, 9)
+    # Barycentric coordinates are areas against the pixel's centre; over depth, they are those of the surface.
     x, y = ((corners[:, axis::3].T - (place + 0.5)) for axis, place in ((0, column), (1, row - view * height)))
     areas = torch.stack([x[a] * y[b] - x[b] * y[a] for a, b in ((1, 2), (2, 0), (0, 1))])
-    size = areas.sum(0)
-    weights = (areas / size).clamp(0, 1) / corners[:, 2::3].T  # a centre on an edge may lie out by a rounding
-    nearness = weights.sum(0)
-    barycentrics = weights / nearness
+    doubled_area = areas.sum(0)
+    weights = (areas / doubled_area).clamp(0, 1) / corners[:, 2::3].T  # a centre on an edge may lie out by a rounding
+    barycentrics = weights / weights.sum(0)
     depth = (barycentrics * corners[:, 2::3].T).sum(0)
-    return Fragments((views, height, width), pixel, face, barycentrics.T.contiguous(), depth, size.abs() / 2)
+    return barycentrics.T.contiguous(), depth, doubled_area.abs() / 2
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ def make_config(tiny_base, dataset_dir, mesh, tmp_path):
             f"data.dataset={dataset_dir}", f"data.body=obj:{mesh}", f"data.cache_dir={tmp_path / 'cache'}",
             f"output.out_dir={tmp_path / 'checkpoints'}", f"output.log_dir={tmp_path / 'logs'}",
             "training.mixed_precision=no", "training.device=cpu", "inference.num_inference_steps=2",
-            "output.sample_prompts=[a man in red]", "output.sample_every=1000",
+            "output.sample_prompts=[a man in red]", "output.sample_every=1000", "data.validation_textures=0",
             *(f"training.{task}.{key}" for task in ("joint", "t2uv", "i2uv")
               for key in ("batch_size=4", "effective_batch_size=4", "max_steps=3", "lr_warmup_steps=0")),
             *overrides,

@@ -5,6 +5,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusion import (
     decode_latents,
     encode_posterior,
+    min_snr_weight,
     resolve_precision,
     sample_latents,
     sample_posterior,
@@ -74,14 +75,23 @@ def test_latents_have_one_scale_and_decode_undoes_it(base):
     pixel_values = torch.rand(2, 3, 16, 16) * 2 - 1
     posterior = base.vae.encode(pixel_values).latent_dist
     mean, std = encode_posterior(base.vae, pixel_values)
-    latents = sample_posterior(base.vae, mean, std, torch.Generator().manual_seed(1))
-    again = sample_posterior(base.vae, mean, std, torch.Generator().manual_seed(1))
-    assert latents.shape == (2, 4, 8, 8) and torch.equal(latents, again)
-    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(mean.shape)
+    latents = sample_posterior(base.vae, mean, std, noise)
+    assert latents.shape == (2, 4, 8, 8)
     assert torch.allclose(latents, (posterior.mean + posterior.std * noise) * 0.9, atol=1e-6)
     decoded = decode_latents(base.vae, latents)
     assert decoded.shape == (2, 3, 16, 16) and decoded.abs().max() <= 1
     assert torch.allclose(decoded, base.vae.decode(latents / 0.9).sample.clamp(-1, 1))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_weights(prediction_type):
+    noise_scheduler, timesteps = DDPMScheduler(prediction_type=prediction_type), torch.tensor([5, 300, 900])
+    alpha = noise_scheduler.alphas_cumprod[timesteps]
+    snr = alpha / (1 - alpha)
+    assert snr[0] > 5 > snr[2]
+    expected = torch.minimum(snr, torch.tensor(5.0)) / (snr + (prediction_type == "v_prediction"))
+    assert torch.allclose(min_snr_weight(noise_scheduler, timesteps, 5.0), expected, rtol=1e-4)
 
 
 def test_precision():

@@ -19,7 +19,7 @@ def checkpoint(base, make_config, tmp_path):
         for parameter in add_lora(base.unet, cfg.model.lora):
             parameter.normal_(std=0.1)
     folder = tmp_path / "checkpoints" / "joint" / "step-000001"
-    save_checkpoint(folder, cfg, "joint", 1, base.unet, make_aligner(cfg.model.aligner, base))
+    save_checkpoint(folder, cfg, "joint", 1, base, make_aligner(cfg.model.aligner, base))
     return folder
 
 
@@ -134,7 +134,7 @@ def test_lora_is_used_and_bf16_runs(checkpoint, tmp_path, run_script, base):
     with torch.no_grad():
         for parameter in lora_parameters(base.unet):
             parameter.zero_()
-    save_lora(base.unet, checkpoint)
+    save_lora(base, checkpoint)
     assert run_script(infer_main, *arguments, "--out", tmp_path / "without.png")[0] == 0
     made = {name: pixels(tmp_path / f"{name}.png").astype(int) for name in ("with", "bf16", "without")}
     changed, rounded = (np.abs(made["with"] - made[name]).mean() for name in ("without", "bf16"))

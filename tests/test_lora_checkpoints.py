@@ -1,6 +1,7 @@
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,20 +33,25 @@ def output(unet):
 ALL_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1", "conv2", "ff.net.2", "time_emb_proj"]
 
 
-@pytest.mark.parametrize("targets", [["to_q", "to_k", "to_v", "to_out.0"], ALL_LAYERS])
-def test_lora_loads_here_and_in_plain_diffusers_at_the_right_scale(base, tiny_base, tmp_path, targets):
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+@pytest.mark.parametrize("targets,kind", [
+    (ATTENTION, {}), (ALL_LAYERS, {}), (ALL_LAYERS, {"use_rslora": True}), (ATTENTION, {"use_dora": True}),
+])  # fmt: skip
+def test_lora_loads_here_and_in_plain_diffusers_at_the_right_scale(base, tiny_base, tmp_path, targets, kind):
     before = output(base.unet)
-    parameters = add_lora(base.unet, LoRA(r=4, alpha=6, target_modules=targets))
+    parameters = add_lora(base.unet, LoRA(r=4, alpha=6, target_modules=targets, **kind))
     assert torch.equal(output(base.unet), before), "a new LoRA changes nothing"
     randomise(parameters)
     expected = output(base.unet)
     assert (expected - before).abs().max() > 0.01
-    save_lora(base.unet, tmp_path)
+    save_lora(base, tmp_path)
 
-    ours = load_base(str(tiny_base)).unet
+    ours = load_base(str(tiny_base))
     load_lora(ours, tmp_path)
-    assert torch.allclose(output(ours), expected, atol=1e-6)
-    assert not any(p.requires_grad for p in lora_parameters(ours))
+    assert torch.allclose(output(ours.unet), expected, atol=1e-6)
+    assert not any(p.requires_grad for p in lora_parameters(ours.unet))
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_base)
     pipeline.load_lora_weights(tmp_path)
     assert torch.allclose(output(pipeline.unet), expected, atol=1e-6)
@@ -59,9 +65,9 @@ def test_the_seeds_peft_folder_loads(tiny_base, tmp_path, weights):
     expected = output(adapted)
     adapted.save_pretrained(tmp_path, safe_serialization=weights.endswith("safetensors"))
     assert (tmp_path / weights).exists()
-    ours = load_base(str(tiny_base)).unet
+    ours = load_base(str(tiny_base))
     load_lora(ours, tmp_path)
-    assert torch.allclose(output(ours), expected, atol=1e-6)
+    assert torch.allclose(output(ours.unet), expected, atol=1e-6)
 
 
 def test_lora_is_float32_on_a_half_base(tiny_base):
@@ -72,19 +78,19 @@ def test_lora_is_float32_on_a_half_base(tiny_base):
 
 def test_foreign_or_missing_lora_is_refused(base, tiny_base, tmp_path):
     with pytest.raises(UserError, match="no LoRA at"):
-        load_lora(base.unet, tmp_path)
+        load_lora(base, tmp_path)
     (tmp_path / LORA_FILE).write_bytes(b"nothing")
     with pytest.raises(UserError, match="cannot load the LoRA"):
-        load_lora(base.unet, tmp_path)
+        load_lora(base, tmp_path)
     other = UNet2DConditionModel(
         sample_size=8, layers_per_block=1, block_out_channels=(16, 64), cross_attention_dim=16, norm_num_groups=8,
         attention_head_dim=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
     add_lora(other, LoRA(r=4))
-    save_lora(other, tmp_path)
+    save_lora(replace(base, unet=other), tmp_path)
     with pytest.raises(UserError, match="another base"):
-        load_lora(load_base(str(tiny_base)).unet, tmp_path)
+        load_lora(load_base(str(tiny_base)), tmp_path)
 
 
 @pytest.fixture()
@@ -98,7 +104,7 @@ def trained(base, make_config):
 def test_checkpoint_rebuilds_the_model_from_its_own_config(trained, tmp_path):
     cfg, base, aligner = trained
     folder = tmp_path / "checkpoints" / "joint" / "step-000003"
-    save_checkpoint(folder, cfg, "joint", 3, base.unet, aligner)
+    save_checkpoint(folder, cfg, "joint", 3, base, aligner)
     assert sorted(path.name for path in folder.parent.iterdir()) == ["step-000003"]
     assert json.loads((folder / "training_state.json").read_text()) == {"task": "joint", "global_step": 3}
     loaded = load_checkpoint(folder)
@@ -106,7 +112,7 @@ def test_checkpoint_rebuilds_the_model_from_its_own_config(trained, tmp_path):
     assert torch.allclose(output(loaded.base.unet), output(base.unet), atol=1e-6)
     for name, value in aligner.state_dict().items():
         assert torch.equal(value, loaded.aligner.state_dict()[name])
-    save_checkpoint(folder.with_name("step-000004"), cfg, "t2uv", 4, base.unet, None)
+    save_checkpoint(folder.with_name("step-000004"), cfg, "t2uv", 4, base, None)
     assert newest_checkpoint(tmp_path / "checkpoints").name == "step-000004"
     assert load_checkpoint(folder.with_name("step-000004")).aligner is None
 
@@ -114,20 +120,20 @@ def test_checkpoint_rebuilds_the_model_from_its_own_config(trained, tmp_path):
 def test_an_interrupted_or_poisoned_save_leaves_the_last_checkpoint(trained, tmp_path, monkeypatch):
     cfg, base, aligner = trained
     folder = tmp_path / "checkpoints" / "joint" / "step-000001"
-    save_checkpoint(folder, cfg, "joint", 1, base.unet, aligner)
+    save_checkpoint(folder, cfg, "joint", 1, base, aligner)
 
     def disk_full(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("checkpoints.save_config", disk_full)
     with pytest.raises(UserError, match="No space left on device"):
-        save_checkpoint(folder.with_name("step-000002"), cfg, "joint", 2, base.unet, aligner)
+        save_checkpoint(folder.with_name("step-000002"), cfg, "joint", 2, base, aligner)
     monkeypatch.undo()
     assert newest_checkpoint(tmp_path / "checkpoints") == folder
     with torch.no_grad():
         lora_parameters(base.unet)[0][0] = float("nan")
     with pytest.raises(UserError, match="not finite"):
-        save_checkpoint(folder.with_name("step-000003"), cfg, "joint", 3, base.unet, aligner)
+        save_checkpoint(folder.with_name("step-000003"), cfg, "joint", 3, base, aligner)
     assert not folder.with_name("step-000003").exists()
 
 
@@ -138,7 +144,7 @@ def test_bad_checkpoints_are_refused(trained, tmp_path):
     with pytest.raises(UserError, match="is no checkpoint"):
         load_checkpoint(tmp_path)
     folder = tmp_path / "joint" / "step-000001"
-    save_checkpoint(folder, cfg, "joint", 1, base.unet, aligner)
+    save_checkpoint(folder, cfg, "joint", 1, base, aligner)
     shutil.copy(folder / "config.yaml", folder / "aligner.safetensors")
     with pytest.raises(UserError, match="cannot read aligner"):
         load_checkpoint(folder)

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,10 @@ from safetensors.torch import load_file
 
 import checkpoints
 import training
+from base_model import PROJECT_ROOT
 from errors import STOPPED, UserError
 from joint import main as joint_main
+from run import set_up
 from training import train
 
 LORA_DROPOUT = "model.lora.dropout=0.2"  # drawn from torch's own stream, unlike noise and timesteps
@@ -40,10 +44,10 @@ def at_step(monkeypatch, number: int, action):
     """Runs action() at the start of optimiser step `number`."""
     original = training.optimizer_step
 
-    def step(run, global_step, batches):
+    def step(run, global_step, batches, log):
         if global_step == number:
             action()
-        return original(run, global_step, batches)
+        return original(run, global_step, batches, log)
 
     monkeypatch.setattr(training, "optimizer_step", step)
 
@@ -59,8 +63,18 @@ def config(make_config, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, "crash"])
-def test_a_resumed_run_equals_an_undisturbed_one(how, config, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "how,options",
+    [
+        (signal.SIGTERM, []), (signal.SIGINT, ["data.cache=none"]), ("crash", ["training.ema_decay=0.9"]),
+        ("crash", ["training.optimizer=schedulefree"]), ("crash", ["training.optimizer=prodigy"]),
+        ("crash", ["data.views=online", "data.views_per_texture=3"]),
+    ],
+)  # fmt: skip
+def test_a_resumed_run_equals_an_undisturbed_one(how, options, config, monkeypatch, capsys):
+    def config(name, make=config):
+        return make(name, *options)
+
     whole = train(config("whole"), "joint")
     with monkeypatch.context() as patch:
         if how == "crash":
@@ -83,6 +97,22 @@ def test_a_resumed_run_equals_an_undisturbed_one(how, config, monkeypatch, capsy
     assert_equal(state(whole), state(resumed))
     for name in (checkpoints.LORA_FILE, checkpoints.ALIGNER_FILE):
         assert_equal(*(load_file(folder / name) for folder in (whole, resumed)))
+
+
+def test_a_signal_to_the_whole_group_saves_before_the_loaders_workers_end(config, tmp_path):
+    from conftest import command_line
+
+    arguments = command_line(config("run", "data.num_workers=2", "training.joint.max_steps=100000",
+                                    "output.save_every=100000"))  # fmt: skip
+    process = subprocess.Popen([sys.executable, PROJECT_ROOT / "joint.py", *arguments], start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    text = ""
+    while " 3/100000 " not in text and (character := process.stderr.read(1)):
+        text += character
+    os.killpg(process.pid, signal.SIGTERM)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == STOPPED, text + error
+    assert "--resume auto goes on" in out and len(list((tmp_path / "run" / "joint").glob("step-*"))) == 1
 
 
 def test_the_command_resumes_from_the_newest_or_a_named_checkpoint(config, tmp_path, run_script, capsys):
@@ -152,18 +182,17 @@ def test_a_full_disk_keeps_the_last_checkpoint(config, tmp_path, monkeypatch):
 def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(config, monkeypatch):
     original, runs = training.batch_losses, []
 
-    def poisoned(batch, task, cfg, base, aligner, precision, generator):
+    def poisoned(run, batch, draws):
         runs.append(1)
-        for losses in original(batch, task, cfg, base, aligner, precision, generator):
+        for losses in original(run, batch, draws):
             yield {name: loss * float("nan") if len(runs) in (3, 4) else loss for name, loss in losses.items()}
 
     monkeypatch.setattr(training, "batch_losses", poisoned)
-    run = training.set_up(config("run"), "joint")
-    batches = iter(torch.utils.data.DataLoader(run.dataset, batch_sampler=training.shuffled_batches(run.dataset, 4, 0)))
-    counted = []
+    run = set_up(config("run"), "joint")
+    batches, log, counted = training.open_batches(run), training.RunLog(run), []
     for step in (1, 2, 3):
         before = [parameter.clone() for parameter in run.parameters]
-        losses, _ = training.optimizer_step(run, step, batches)
+        losses, _ = training.optimizer_step(run, step, batches, log)
         counted.append(losses["skipped_steps"])
         moved = any(not torch.equal(*pair) for pair in zip(before, run.parameters))
         assert moved == (step != 2), step

@@ -1,24 +1,28 @@
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import command_line
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import run
 import training
 from atlas_dataset.dataset import INFO_FILE
 from base_model import load_base
 from checkpoints import load_checkpoint
-from conditioning import make_aligner
+from conditioning import encode_prompts, make_aligner
 from errors import UserError
 from i2uv import main as i2uv_main
 from infer_uv import main as infer_main
 from joint import main as joint_main
-from lora_utils import add_lora, lora_parameters
+from lora_utils import LORA_FILE, add_lora, load_lora, lora_parameters
 from t2uv import main as t2uv_main
-from training import batch_losses, shuffled_batches, step_generator, train
+from training import shuffled_batches, train
 
 MAINS = {"t2uv": t2uv_main, "i2uv": i2uv_main, "joint": joint_main}
 CONV_TARGETS = "model.lora.target_modules=[to_q, to_k, to_v, to_out.0, conv1, conv2, proj_in, proj_out]"
@@ -45,9 +49,12 @@ def test_scripts_train_save_and_infer(task, make_config, tmp_path, run_script, m
     logged = scalars(tmp_path / "logs")
     losses = {"t2uv": {"loss/t2uv"}, "i2uv": {"loss/i2uv", "loss/align"},
               "joint": {"loss/t2uv", "loss/i2uv", "loss/align"}}  # fmt: skip
-    rest = {"loss/combined", "learning_rate", "samples_per_second", "gradient_norm", "skipped_steps"}
-    assert set(logged) == losses[task] | rest
-    assert all(len(values) == 3 for values in logged.values())
+    rest = {"loss/combined", "learning_rate", "samples_per_second", "gradient_norm", "skipped_steps",
+            "data_wait_share", "peak_memory_gb"}  # fmt: skip
+    assert losses[task] | rest <= set(logged)
+    others = {name.split("/")[0] for name in set(logged) - losses[task] - rest}
+    assert others == {"lora_norm", "final"}, others
+    assert all(len(values) == 3 for name, values in logged.items() if name in losses[task] | rest)
 
     source = (
         ["--image", str(next(Path(cfg.data.dataset).parent.parent.rglob("0.png")))]
@@ -65,13 +72,13 @@ def test_only_lora_and_aligner_move_and_they_all_do(task, make_config, monkeypat
     caught = {}
     original = training.save_checkpoint
 
-    def spy(folder, cfg, task, step, unet, aligner, state):
-        caught.update(unet=unet, aligner=aligner)
-        return original(folder, cfg, task, step, unet, aligner, state)
+    def spy(folder, cfg, task, step, base, aligner, state):
+        caught.update(aligner=aligner)
+        return original(folder, cfg, task, step, base, aligner, state)
 
     monkeypatch.setattr(training, "save_checkpoint", spy)
     bases = []
-    monkeypatch.setattr(training, "load_base", lambda *args: bases.append(load_base(*args)) or bases[0])
+    monkeypatch.setattr(run, "load_base", lambda *args: bases.append(load_base(*args)) or bases[0])
     cfg = make_config("training.seed=3")
     train(cfg, task)
 
@@ -104,65 +111,13 @@ def test_losses_fall(task, names, make_config, tmp_path):
         assert losses[-1] < 0.85 * losses[0], losses
 
 
-def one_batch(cfg, base, task="joint"):
-    dataset = training.open_dataset(cfg, task, base)
-    return next(iter(torch.utils.data.DataLoader(dataset, batch_size=4)))
-
-
-def test_step_arithmetic_is_pinned(make_config, base):
-    """Golden losses of one batch on the untrained stand-in: a change of ranges, noise or conditions shows here."""
-    cfg = make_config("training.joint.alpha=0.5", "training.joint.beta=2")
-    torch.manual_seed(1)
-    aligner = make_aligner(cfg.model.aligner, base)
-    losses = {}
-    for part in batch_losses(one_batch(cfg, base), "joint", cfg, base, aligner, None, step_generator(0, 1, 0)):
-        combined = part.pop("loss/combined")
-        losses.update(part)
-        schedule = cfg.training.joint
-        expected = part.get("loss/t2uv", 0) * schedule.alpha + part.get("loss/i2uv", 0) * schedule.beta
-        assert torch.allclose(combined, expected + part.get("loss/align", 0) * schedule.gamma)
-    golden = {"loss/t2uv": 1.064, "loss/i2uv": 0.984, "loss/align": 1.891}
-    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(golden, abs=2e-3)
-
-
-def test_micro_batches_add_up_to_the_large_batch(make_config, base, monkeypatch):
-    """With noise fixed by row, two micro-batches of two give the gradient of one batch of four."""
-    cfg = make_config("training.joint.condition_dropout=0", "training.joint.gamma=0")
-    torch.manual_seed(1)
-    parameters = add_lora(base.unet, cfg.model.lora)
-    for parameter in parameters:
-        torch.nn.init.normal_(parameter, std=0.1)
-    aligner = make_aligner(cfg.model.aligner, base)
-    parameters += list(aligner.parameters())
-    batch, noise = one_batch(cfg, base), torch.randn(4, 4, 8, 8)
-
-    def gradients(parts):
-        for parameter in parameters:
-            parameter.grad = None
-        for rows in parts:
-            monkeypatch.setattr(torch, "randn", lambda *shape, rows=rows, generator=None: noise[rows])
-            monkeypatch.setattr(
-                torch, "randint", lambda *args, rows=rows, generator=None: torch.tensor([100, 300, 500, 900])[rows]
-            )
-            part = {
-                key: [value[row] for row in rows] if key == "prompt" else value[rows] for key, value in batch.items()
-            }
-            for losses in batch_losses(part, "joint", cfg, base, aligner, None, torch.Generator()):
-                (losses["loss/combined"] / len(parts)).backward()
-        monkeypatch.undo()
-        return torch.cat([parameter.grad.flatten() for parameter in parameters])
-
-    whole, parts = gradients([[0, 1, 2, 3]]), gradients([[0, 1], [2, 3]])
-    assert whole.abs().max() > 0 and torch.allclose(whole, parts, rtol=1e-4, atol=1e-6)
-
-
 def test_the_loop_averages_micro_batches_and_steps_once(make_config, monkeypatch):
     """Gradient of a known loss at clip time, and optimiser steps, with two micro-batches a step."""
     seen = {"norms": [], "steps": 0}
     clip, step = torch.nn.utils.clip_grad_norm_, torch.optim.AdamW.step
 
-    def known_losses(batch, task, cfg, base, aligner, precision, generator):
-        yield {"loss/t2uv": (total := sum(p.sum() for p in lora_parameters(base.unet))), "loss/combined": total}
+    def known_losses(run, batch, draws):
+        yield {"loss/t2uv": (total := sum(p.sum() for p in lora_parameters(run.base.unet))), "loss/combined": total}
 
     def spy_clip(parameters, max_norm):
         seen["norms"].append(float(clip(parameters, max_norm)))
@@ -194,7 +149,7 @@ def test_warm_up_and_decay(kind, make_config, tmp_path):
 
 def test_the_aligner_may_have_its_own_rate(make_config, monkeypatch):
     seen = []
-    monkeypatch.setattr(training, "get_scheduler", lambda kind, optimizer, **steps: seen.append(optimizer) or 1 / 0)
+    monkeypatch.setattr(run, "get_scheduler", lambda kind, optimizer, **steps: seen.append(optimizer) or 1 / 0)
     for override, rates in (("null", [0.01, 0.01]), ("0.002", [0.01, 0.002])):
         with pytest.raises(ZeroDivisionError):
             train(make_config("training.joint.learning_rate=0.01",
@@ -258,15 +213,6 @@ def test_training_on_renders_made_online(make_config, dataset_dir, tmp_path):
         train(make_config(f"data.dataset={root}", "data.body=null"), "joint", dry_run=True)
 
 
-def test_random_numbers_depend_on_seed_and_step():
-    draws = {
-        torch.rand(1, generator=step_generator(*numbers)).item()
-        for numbers in [(0, 1, 0), (0, 2, 0), (1, 1, 0), (0, 1, 1)]
-    }
-    assert len(draws) == 4
-    assert step_generator(0, 1, 0).initial_seed() == step_generator(0, 1, 0).initial_seed()
-
-
 def test_dry_run_reports_and_writes_nothing(make_config, tmp_path, run_script):
     cfg = make_config(
         "training.joint.effective_batch_size=8", "training.joint.max_steps=null", "training.joint.num_epochs=2"
@@ -315,19 +261,102 @@ def test_options_of_the_step(make_config):
     assert "cls_token" in load_file(checkpoint / "aligner.safetensors")
 
 
-def test_a_texture_is_encoded_once(make_config, base, monkeypatch):
-    batch, calls = one_batch(make_config(), base), []
-    assert batch["texture_id"].tolist() == [0, 0, 0, 1]
-    original = training.encode_posterior
-    monkeypatch.setattr(
-        training, "encode_posterior", lambda vae, pixels: calls.append(len(pixels)) or original(vae, pixels)
+@pytest.mark.parametrize("option", ["model.gradient_checkpointing", "model.channels_last", "model.compile"])
+def test_what_makes_a_step_faster_or_smaller_changes_no_loss(option, make_config, tmp_path, monkeypatch):
+    # Traced as for the compiler, and run as it is: compiling takes minutes and a compiler.
+    curves, compiled, original = [], [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or original(
+        function, backend="aot_eager", **options))  # fmt: skip
+    for value in ("false", "true"):
+        train(make_config(f"{option}={value}", f"output.log_dir={tmp_path / value}", "output.log_every=1"), "joint")
+        curves.append(scalars(tmp_path / value))
+    assert bool(compiled) == (option == "model.compile")
+    for name in ("loss/t2uv", "loss/i2uv", "gradient_norm"):
+        assert curves[0][name] == pytest.approx(curves[1][name], rel=1e-3), name
+
+
+def test_a_compiler_that_is_missing_is_told(make_config, monkeypatch):
+    def no_compiler(*args):
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", lambda function: no_compiler)
+    with pytest.raises(UserError, match=r"model.compile cannot be used \(No working C\+\+ compiler.*set it to false"):
+        run.set_up(make_config("model.compile=true"), "t2uv")
+
+
+@pytest.mark.parametrize("name,rate", [("adamw", 0.01), ("prodigy", 1.0), ("schedulefree", 0.01)])
+def test_optimizers_learn(name, rate, make_config, tmp_path):
+    cfg = make_config(
+        f"training.optimizer={name}", f"training.t2uv.learning_rate={rate}", "training.t2uv.max_steps=40",
+        "output.log_every=10", "training.t2uv.lr_scheduler=constant", CONV_TARGETS,
+    )  # fmt: skip
+    train(cfg, "t2uv")
+    losses = scalars(tmp_path / "logs")["loss/t2uv"]
+    assert losses[-1] < losses[0], losses
+
+
+def test_an_optimizer_that_is_not_installed_is_told(make_config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match="training.optimizer adamw8bit needs the package bitsandbytes"):
+        run.set_up(make_config("training.optimizer=adamw8bit"), "t2uv")
+
+
+def test_checkpoints_hold_the_moving_average(make_config):
+    """Against one worked out here: decay min(0.5, n / (9 + n)) at the n-th step, after the first."""
+    cfg = make_config("training.ema_decay=0.5", "training.t2uv.learning_rate=0.1", "output.save_every=1")
+    checkpoint = train(cfg, "t2uv")
+    steps = [torch.load(checkpoint.parent / f"step-{step:06d}" / "training_state.pt", weights_only=True)["parameters"]
+             for step in (1, 2, 3)]  # fmt: skip
+    average = steps[0]
+    for number, parameters in enumerate(steps[1:], 2):
+        decay = min(0.5, number / (9 + number))
+        average = [decay * before + (1 - decay) * now for before, now in zip(average, parameters)]
+    base = load_base(cfg.model.pretrained_model)
+    load_lora(base, checkpoint)
+    saved = lora_parameters(base.unet)
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(saved, average))
+    assert any(not torch.allclose(*pair, atol=1e-4) for pair in zip(saved, steps[-1]))
+
+
+def test_the_text_encoder_may_have_a_lora_too(make_config, tiny_base, tmp_path):
+    cfg = make_config("model.lora.text_encoder_r=2", "data.cache=latents", "training.joint.learning_rate=0.1",
+                      "training.joint.lr_scheduler=constant")  # fmt: skip
+    checkpoint = train(cfg, "joint")
+    trained, plain = load_checkpoint(checkpoint), load_base(str(tiny_base))
+    prompt = ["a man in red"]
+    with torch.no_grad():
+        ours, before = encode_prompts(trained.base, prompt), encode_prompts(plain, prompt)
+        assert (ours - before).abs().max() > 0.01, "it was trained"
+        pipeline = StableDiffusionPipeline.from_pretrained(tiny_base)
+        pipeline.load_lora_weights(checkpoint)
+        plain.text_encoder = pipeline.text_encoder
+        assert torch.allclose(encode_prompts(plain, prompt), ours, atol=1e-5), "and loads in plain diffusers"
+    # To the bit after a resume, as everything else.
+    again = train(make_config("model.lora.text_encoder_r=2", "data.cache=latents", "training.joint.learning_rate=0.1",
+                              "training.joint.lr_scheduler=constant", "output.save_every=1",
+                              f"output.out_dir={tmp_path / 'again'}"), "joint")  # fmt: skip
+    assert all(torch.equal(load_file(checkpoint / LORA_FILE)[key], value)
+               for key, value in load_file(again / LORA_FILE).items())  # fmt: skip
+
+
+def test_zero_terminal_snr(make_config, tiny_base, tmp_path):
+    with pytest.raises(UserError, match="model.zero_terminal_snr needs a base that predicts v"):
+        run.set_up(make_config("model.zero_terminal_snr=true"), "t2uv")
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    settings = json.loads((base / "scheduler" / "scheduler_config.json").read_text())
+    (base / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({**settings, "prediction_type": "v_prediction"})
     )
-    first, second = training.posteriors(base, batch), training.posteriors(base, batch)
-    assert calls == [1, 1] and all(torch.equal(*pair) for pair in zip(first, second))
-    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(first, original(base.vae, batch["texture"])))
-    monkeypatch.setattr(training, "POSTERIORS_KEPT", 1)
-    training.posteriors(base, batch)
-    assert list(base.posteriors) == [1]
+    cfg = make_config("model.zero_terminal_snr=true", f"model.pretrained_model={base}", "training.min_snr_gamma=5")
+    trained = load_checkpoint(train(cfg, "t2uv"))
+    assert trained.base.noise_scheduler.alphas_cumprod[-1] < 1e-6, "in inference too"
+    assert load_base(str(base)).noise_scheduler.alphas_cumprod[-1] > 1e-3
+
+
+def test_hyperparameters_are_written_beside_the_final_losses(make_config, tmp_path):
+    train(make_config(), "t2uv")
+    logged = scalars(tmp_path / "logs")
+    assert logged["final/loss/t2uv"] == [logged["loss/t2uv"][-1]]
 
 
 def test_too_few_rows(make_config):

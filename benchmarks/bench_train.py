@@ -1,0 +1,244 @@
+"""One joint training step, ours against the structure of the seed's trainer and of diffusers' LoRA script.
+
+    python benchmarks/bench_train.py                          # the embedded base on the CPU, or SD 1.5's shape on CUDA
+    python benchmarks/bench_train.py --batch-sizes 4 8 16 32  # the curve of ours, paired
+
+seed: VAE, text encoder and CLIP in each pass, two UNet passes with gradient checkpointing, one AdamW step. diffusers:
+the structure of its text-to-image LoRA script once a task: VAE and encoder in each pass, no checkpointing, an AdamW
+step each. Their arithmetic is right, and each reads a row once. Every variant takes a step in turn, in one process on
+the same rows; medians. The last line is JSON.
+"""
+
+import argparse
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import datasets
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch.nn import functional as F
+from torch.utils.data import default_collate
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
+
+from base_model import PROJECT_ROOT, load_base
+from conditioning import encode_images, encode_prompts
+from configuration import DEFAULT_CONFIG, load_config
+from diffusion import autocast, encode_posterior, sample_posterior, training_target
+from errors import exit_on_user_error
+from monitoring import RunLog, peak_flops, peak_memory
+from run import Run, set_up
+from training import open_batches, optimizer_step, save, shuffled_batches
+
+WARM_UP = 3
+OURS = {
+    "ours, alternate": ["training.joint.schedule=alternate"],
+    "ours, paired": ["training.joint.schedule=paired"],
+    "ours, paired, compiled": ["training.joint.schedule=paired", "model.compile=true"],
+}
+
+
+def make_sd15_shape(folder: Path) -> Path:
+    """Stable Diffusion 1.5 and CLIP ViT-L/14 with random weights, in half precision, and the embedded tokenizer."""
+    tokenizer = load_base("embedded_base").tokenizer
+    tokenizer.save_pretrained(folder / "tokenizer")
+    parts = {
+        "unet": UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+        "vae": AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
+            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        ),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+            num_attention_heads=12,
+        )),
+        "image_encoder": CLIPVisionModel(CLIPVisionConfig(
+            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224,
+            patch_size=14,
+        )),
+    }  # fmt: skip
+    for name, module in parts.items():
+        module.half().save_pretrained(folder / name)
+    CLIPImageProcessorPil().save_pretrained(folder / "feature_extractor")
+    DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).save_pretrained(
+        folder / "scheduler"
+    )
+    return folder
+
+
+class Plain:
+    """Steps that encode everything each time, with the models of a run and rows that are not cached."""
+
+    def __init__(self, run: Run, checkpointing: bool, steps_together: bool):
+        self.run, self.steps_together = run, steps_together
+        self.optimizer = torch.optim.AdamW(run.parameters, lr=1e-4)
+        if checkpointing:
+            run.base.unet.enable_gradient_checkpointing()
+            run.base.unet.train()
+        self.rows = shuffled_batches(run.dataset, run.schedule.batch_size, run.cfg.training.seed)
+
+    def step(self) -> None:
+        batch = default_collate([self.run.dataset[row] for row in next(self.rows)])
+        for kind in ("text", "image"):
+            self.loss(batch, kind).backward()
+            if kind == "image" or not self.steps_together:
+                torch.nn.utils.clip_grad_norm_(self.run.parameters, 1.0)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+
+    def loss(self, batch: dict, kind: str) -> torch.Tensor:
+        base, precision = self.run.base, self.run.precision
+        with autocast(base.device, precision):
+            mean, std = encode_posterior(base.vae, batch["texture"].to(base.device))
+            latents = sample_posterior(base.vae, mean, std, torch.randn_like(mean))
+            if kind == "text":
+                with torch.no_grad():
+                    states = encode_prompts(base, batch["prompt"])
+            else:
+                states = self.run.aligner(encode_images(base, batch["image"])).float()
+            noise = torch.randn_like(latents)
+            timesteps = torch.randint(0, 1000, (len(latents),), device=latents.device)
+            noisy_latents = base.noise_scheduler.add_noise(latents, noise, timesteps)
+            noise_pred = base.unet(noisy_latents.to(base.unet.dtype), timesteps, states.to(base.unet.dtype)).sample
+        return F.mse_loss(noise_pred.float(), training_target(base.noise_scheduler, latents, noise, timesteps))
+
+
+class Ours:
+    def __init__(self, run: Run):
+        self.run, self.batches, self.log, self.number = run, open_batches(run), RunLog(run), 0
+
+    def step(self) -> None:
+        self.number += 1
+        losses, _ = optimizer_step(self.run, self.number, self.batches, self.log)
+        self.log.step(losses)
+
+
+def timed(step, device: torch.device) -> float:
+    began = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def medians(variants: dict, steps: int, device: torch.device) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds a step of each variant, which step in turn; and on CUDA the peak memory of each in GB."""
+    times, peaks = {name: [] for name in variants}, {}
+    for number in range(steps + WARM_UP):
+        for name, variant in variants.items():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            seconds = timed(variant.step, device)
+            if number >= WARM_UP:
+                times[name].append(seconds)
+                peaks[name] = max(peaks.get(name, 0.0), peak_memory(device) / 1e9)
+    return {name: statistics.median(values) for name, values in times.items()}, peaks
+
+
+def seconds_to_first_step(settings: list[str]) -> float:
+    """From the command to the end of the first optimiser step of a run of its own."""
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, str(PROJECT_ROOT / "joint.py"), *(f"--{setting}" for setting in settings)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    text, seconds = "", None
+    while seconds is None and (character := process.stderr.read(1)):
+        text += character
+        if text.endswith(" 1/100 "):
+            seconds = time.perf_counter() - began
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    if seconds is None:
+        raise SystemExit(text)
+    return seconds
+
+
+def overhead(ours: Ours, step_seconds: float, device: torch.device) -> float:
+    """Share of a run that logging and checkpointing take at the configured intervals."""
+    output = ours.run.cfg.output
+    flush, checkpoint = [], []
+    for _ in range(5):
+        ours.step()
+        flush.append(timed(lambda: ours.log.flush(ours.number), device))
+        checkpoint.append(timed(lambda: save(ours.run), device))
+    extra = statistics.median(flush) / output.log_every + statistics.median(checkpoint) / output.save_every
+    return extra / (step_seconds + extra)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20, help="measured steps of each variant")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[], help="also ours, paired, at each of these")
+    parser.add_argument("--architecture", choices=("embedded", "sd15"), help="default: sd15 where there is CUDA")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    architecture = args.architecture or ("sd15" if device.type == "cuda" else "embedded")
+    datasets.disable_progress_bars()
+
+    with exit_on_user_error(), tempfile.TemporaryDirectory() as work:
+        settings = [
+            f"data.cache_dir={work}/cache", f"output.log_dir={work}/logs", f"output.out_dir={work}/checkpoints",
+            "data.dataset=procedural:48", "data.views_per_texture=2", "data.validation_textures=0",
+            "training.joint.gamma=0",
+        ]  # fmt: skip
+        if architecture == "sd15":
+            base = make_sd15_shape(Path(work, "base"))
+            settings += [
+                f"model.pretrained_model={base}", "data.resolution=512", "model.aligner.layers=3",
+                "model.aligner.heads=12", "model.lora.target_modules=[to_q, to_k, to_v, to_out.0]",
+            ]  # fmt: skip
+
+        def open_run(batch_size: int, *overrides: str) -> Run:
+            batch = [f"training.joint.{key}={batch_size}" for key in ("batch_size", "effective_batch_size")]
+            return set_up(load_config(DEFAULT_CONFIG, [*settings, *batch, *overrides]), "joint")
+
+        plain = ["data.cache=none", "model.channels_last=false"]
+        variants = {
+            "seed": Plain(open_run(args.batch_size, *plain), checkpointing=True, steps_together=True),
+            "diffusers": Plain(open_run(args.batch_size, *plain), checkpointing=False, steps_together=False),
+            **{name: Ours(open_run(args.batch_size, *overrides)) for name, overrides in OURS.items()},
+        }
+        seconds, peaks = medians(variants, args.steps, device)
+        speed = {name: 2 * args.batch_size / value for name, value in seconds.items()}  # both conditions of a row
+        print(f"{architecture}, batch {args.batch_size}, {device}, {torch.get_num_threads()} threads, "
+              f"autocast {variants['ours, paired'].run.precision or 'off'}")  # fmt: skip
+        for name in variants:
+            memory = f"{peaks[name]:8.1f} GB" if device.type == "cuda" else ""
+            print(f"{name:<24}{seconds[name] * 1000:8.0f} ms {speed[name]:8.1f} samples/s "
+                  f"{speed[name] / speed['seed']:6.2f} times the seed's{memory}")  # fmt: skip
+        best = max(OURS, key=speed.get)
+        paired = variants["ours, paired"]
+        result = {
+            "speedup_vs_seed": round(speed[best] / speed["seed"], 2),
+            "speedup_vs_diffusers": round(speed[best] / speed["diffusers"], 2),
+            "paired_vs_seed": round(speed["ours, paired"] / speed["seed"], 2),
+            "overhead": round(overhead(paired, seconds["ours, paired"], device), 4),
+        }  # fmt: skip
+        with FlopCounterMode(display=False) as counter:
+            paired.step()
+        result["tflop_per_step"] = round(counter.get_total_flops() / 1e12, 3)
+        if device.type == "cuda":
+            reached = counter.get_total_flops() / seconds[best]
+            result["mfu"] = round(reached / peak_flops(device), 3) if peak_flops(device) else None
+        for batch_size in args.batch_sizes:
+            one = {"paired": Ours(open_run(batch_size, *OURS["ours, paired"]))}
+            (value,), (peak,) = (part.values() for part in medians(one, args.steps, device))
+            print(f"ours, paired, batch {batch_size:<4}{2 * batch_size / value:8.1f} samples/s {peak:6.1f} GB")
+        del variants, paired
+        result["seconds_to_first_step"] = round(seconds_to_first_step([*settings, "training.joint.max_steps=100"]), 1)
+        result["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

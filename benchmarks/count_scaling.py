@@ -1,0 +1,115 @@
+"""Counts the arithmetic and the memory of a training step of Stable Diffusion, without weights and without a GPU.
+
+    python benchmarks/count_scaling.py        # prints the tables of docs/scaling.md
+
+Runs the architectures on the meta device, where tensors have shapes and no numbers: each matrix product is counted
+(2 FLOP a multiply-add), and each tensor that the backward keeps, in bf16.
+"""
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+UNETS = {
+    "SD 1.5": dict(cross_attention_dim=768, attention_head_dim=8),
+    "SD 2.1": dict(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True),
+}
+TEXT = {
+    "SD 1.5": CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
+    "SD 2.1": CLIPTextConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16),
+}
+VISION = {
+    "SD 1.5": CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224,
+        patch_size=14,
+    ),
+    "SD 2.1": CLIPVisionConfig(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, image_size=224,
+        patch_size=14,
+    ),
+}  # fmt: skip
+PEAK, REACHED = 989, 0.4  # TFLOP a second of an H100 in bf16, and the share of it that is assumed
+
+
+def tflop(action) -> float:
+    with FlopCounterMode(display=False) as counter:
+        action()
+    return counter.get_total_flops() / 1e12
+
+
+def kept_bytes(action) -> int:
+    """Bytes of the tensors that the backward of action() keeps, but for weights."""
+    kept = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage()._cdata] = tensor, tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        action()
+    return sum(size for _, size in kept.values())
+
+
+def meta(make):
+    with torch.device("meta"):
+        return make().to(torch.bfloat16).requires_grad_(False)
+
+
+def count(name: str, resolution: int) -> dict[str, float]:
+    """TFLOP of each part for one picture or prompt, GB that a row's backward keeps, parameters."""
+    from peft import LoraConfig
+
+    unet = meta(lambda: UNet2DConditionModel(sample_size=resolution // 8, **UNETS[name]))
+    vae = meta(lambda: AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+    ))  # fmt: skip
+    text, vision = meta(lambda: CLIPTextModel(TEXT[name])), meta(lambda: CLIPVisionModel(VISION[name]))
+    unet.add_adapter(LoraConfig(r=16, target_modules=TARGETS))
+
+    def tensor(*shape):
+        return torch.zeros(shape, device="meta", dtype=torch.bfloat16)
+
+    side = resolution // 8
+    latents, states = tensor(1, 4, side, side), tensor(1, 77, UNETS[name]["cross_attention_dim"])
+
+    def step():
+        unet(latents, torch.zeros(1, device="meta"), states).sample.sum().backward()
+
+    found = {"forward": tflop(lambda: unet(latents, torch.zeros(1, device="meta"), states))}
+    found["step"], found["kept"] = tflop(step), kept_bytes(step) / 1e9
+    unet.enable_gradient_checkpointing()
+    unet.train()
+    found["checkpointed"], found["kept_checkpointed"] = tflop(step), kept_bytes(step) / 1e9
+    with torch.no_grad():
+        found["vae"] = tflop(lambda: vae.encode(tensor(1, 3, resolution, resolution)))
+        found["clip"] = tflop(lambda: vision(tensor(1, 3, 224, 224)))
+        found["text"] = tflop(lambda: text(torch.zeros(1, 77, dtype=torch.long, device="meta")))
+    found["lora"] = sum(p.numel() for n, p in unet.named_parameters() if "lora_" in n) / 1e6
+    modules = (unet, vae, text, vision)
+    found["frozen"] = sum(p.numel() for module in modules for p in module.parameters()) * 2 / 1e9
+    return found
+
+
+def main():
+    rows = {(name, resolution): count(name, resolution) for name in UNETS for resolution in (512, 1024)}
+    print("| base, pixels | UNet forward | LoRA step | with checkpointing | VAE encoder | CLIP vision | text encoder |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for (name, resolution), row in rows.items():
+        parts = (row[key] for key in ("forward", "step", "checkpointed", "vae", "clip", "text"))
+        print(f"| {name}, {resolution} | " + " | ".join(f"{part:.3g}" for part in parts) + " |")
+    print("\n| base, pixels | weights GB | kept a row GB | with checkpointing GB | the seed's TFLOP a row | ours | "
+          "rows a second on one H100 at 40 % |")  # fmt: skip
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for (name, resolution), row in rows.items():
+        seed = 2 * (row["checkpointed"] + row["vae"]) + row["clip"] + row["text"]
+        ours = 2 * row["step"]
+        print(f"| {name}, {resolution} | {row['frozen']:.2f} | {row['kept']:.2f} | {row['kept_checkpointed']:.2f} | "
+              f"{seed:.2f} | {ours:.2f} | {REACHED * PEAK / ours:.0f} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

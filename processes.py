@@ -1,0 +1,69 @@
+"""The processes of one run, as `accelerate launch` starts them; alone, everything here does nothing.
+
+Each process takes its share of the rows. Gradients are averaged once an optimiser step, so that every process holds
+the same weights; the main process alone writes and prints.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def join(device: torch.device) -> torch.device:
+    """Meets the other processes → this one's own device. gloo on the CPU, NCCL on CUDA."""
+    if world_size() == 1:
+        return device
+    state = PartialState(cpu=device.type == "cpu")
+    return state.device if device.type != "cpu" else device
+
+
+def say(text: str) -> None:
+    if is_main():
+        print(text, flush=True)
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def mean_over_processes(tensors: list[torch.Tensor]) -> None:
+    """Replaces each tensor by its mean over all processes, in one message for each dtype."""
+    if world_size() == 1:
+        return
+    for dtype in {tensor.dtype for tensor in tensors}:
+        group = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.flatten() for tensor in group])
+        dist.all_reduce(flat)
+        for tensor, mean in zip(group, (flat / world_size()).split([tensor.numel() for tensor in group])):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set in any process."""
+    if world_size() == 1:
+        return flag
+    flags = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flags)
+    return flags.item() > 0
+
+
+def copy_from_main(tensors: list[torch.Tensor]) -> None:
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)

@@ -1,0 +1,53 @@
+"""Two processes on the CPU (gloo), started as users start them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import command_line
+from safetensors.torch import load_file
+from test_training import scalars
+
+from base_model import PROJECT_ROOT
+from errors import UserError
+from run import set_up
+from training import train
+
+OPTIONS = (
+    "training.joint.effective_batch_size=8", "training.joint.max_steps=4", "training.joint.learning_rate=1e-4",
+    "training.joint.aligner_learning_rate=1e-4",
+    "output.log_every=1", "training.joint.condition_dropout=0.3", "data.validation_textures=1",
+    "output.validate_every=2", "training.ema_decay=0.9", "output.save_every=2",
+)  # fmt: skip
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_equal_one(make_config, tmp_path):
+    whole = train(make_config(*OPTIONS), "joint")
+    cfg = make_config(*OPTIONS, f"output.out_dir={tmp_path / 'two'}", f"output.log_dir={tmp_path / 'logs2'}",
+                      f"data.cache_dir={tmp_path / 'cache2'}")  # fmt: skip
+    result = launch("joint.py", *command_line(cfg))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("checkpoint: ") == 1, "one of them prints"
+    halves = tmp_path / "two" / "joint" / whole.name
+    assert sorted(path.name for path in halves.parent.iterdir()) == ["step-000002", "step-000004"]
+    for name in ("pytorch_lora_weights.safetensors", "aligner.safetensors"):
+        one, two = load_file(whole / name), load_file(halves / name)
+        assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-5
+    first, second = scalars(tmp_path / "logs"), scalars(tmp_path / "logs2")
+    for name in ("loss/t2uv", "loss/i2uv", "loss/align", "loss/combined", "gradient_norm", "val/t2uv", "val/i2uv"):
+        assert first[name] and first[name] == pytest.approx(second[name], rel=1e-5), name
+    assert len(list(Path(tmp_path / "cache2" / "encoded").glob("posterior-*/*.safetensors"))) == 1
+
+
+def test_rows_are_shared_among_processes(make_config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="effective_batch_size 4 is not a multiple of 12: batch_size 4 in each of 3"):
+        set_up(make_config(), "joint")
