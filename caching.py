@@ -42,7 +42,7 @@ class Cache:
         for file in sorted(folder.glob("*.safetensors")):
             try:
                 shard = safe_open(file, "pt")
-                self.shards.update((key, shard) for key in shard.keys())
+                self.shards.update((key, shard) for key in shard.keys())  # noqa: SIM118  it is no dictionary
             except (OSError, SafetensorError) as error:
                 raise UserError(
                     f"cache file {file} is damaged ({reason(error)}); run again with --rebuild-cache"
@@ -210,8 +210,8 @@ def _check_space(folder: Path, count: int, entry: Tensor, progress: tqdm) -> Non
     needed, free = count * entry.numel() * entry.element_size() / 1e6, shutil.disk_usage(folder).free / 1e6
     progress.write(f"{folder} will take {needed:.1f} MB for {count} rows; {free:.0f} MB are free")
     if needed > free:
-        raise UserError(f"{folder} needs {needed:.1f} MB but {free:.0f} MB are free; set data.cache_dir to another disk "
-                        "or data.cache to none")  # fmt: skip
+        raise UserError(f"{folder} needs {needed:.1f} MB but {free:.0f} MB are free; set data.cache_dir to another "
+                        "disk or data.cache to none")  # fmt: skip
 
 
 def _write(file: Path, entries: dict[str, Tensor]) -> None:

@@ -63,7 +63,6 @@ class Aligner(Section):
     kind: Literal["query", "pooled"] = "query"  # query: learned queries cross-attend to all image tokens
     layers: Positive = 3
     heads: Positive = 8
-    token_dropout: Share = 0.0  # share of image tokens hidden in training, so that none is relied on
 
 
 class Model(Section):

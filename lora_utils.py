@@ -52,7 +52,7 @@ def lora_parameters(module) -> list[torch.nn.Parameter]:
 def save_lora(base, folder: Path) -> None:
     """Writes diffusers' LoRA file, with rank and alpha in its metadata, for `load_lora_weights` anywhere.
 
-    It holds what the base's UNet has, and its text encoder where that has a LoRA too. The keys are PEFT's: diffusers' own older
+    It holds the UNet's LoRA, and the text encoder's where there is one. The keys are PEFT's: diffusers' own older
     names cover attention alone, and a file that mixes both loads half.
     """
     layers, metadata = {}, {}

@@ -35,9 +35,9 @@ class RowDraws:
         """(B, *shape)"""
         return torch.stack([torch.randn(shape, generator=generator) for generator in self.generators])
 
-    def uniform(self, *shape: int) -> Tensor:
-        """(B, *shape) in [0, 1)"""
-        return torch.stack([torch.rand(shape, generator=generator) for generator in self.generators])
+    def uniform(self) -> Tensor:
+        """(B,) in [0, 1)"""
+        return torch.cat([torch.rand(1, generator=generator) for generator in self.generators])
 
     def integers(self, end: int) -> Tensor:
         """(B,) of 0 .. end - 1"""
@@ -75,7 +75,7 @@ def batch_losses(run: "Run", batch: dict, draws: RowDraws) -> Iterator[dict[str,
             encoder_hidden_states = text_states
             if kind == "image":
                 with autocast(base.device, run.precision):
-                    encoder_hidden_states = picture_states(run, batch, draws)
+                    encoder_hidden_states = picture_states(run, batch)
                 if schedule.gamma:
                     losses["loss/align"] = F.mse_loss(encoder_hidden_states, text_states.detach())
                 if schedule.both_share:
@@ -108,15 +108,12 @@ def prompt_states(run: "Run", batch: dict) -> Tensor:
     return encode_prompts(run.base, [run.cfg.model.prompt_template.format(prompt=prompt) for prompt in batch["prompt"]])
 
 
-def picture_states(run: "Run", batch: dict, draws: RowDraws | None = None) -> Tensor:
-    """encoder_hidden_states (B, L, D) of the batch's pictures, float32; with draws, some image tokens are hidden."""
+def picture_states(run: "Run", batch: dict) -> Tensor:
+    """encoder_hidden_states (B, L, D) of the batch's pictures, float32."""
     if "image_tokens" in batch:
         image_tokens = batch["image_tokens"].to(run.base.device).float()
     else:
         image_tokens = encode_images(run.base, batch["image"])
-    if draws and run.cfg.model.aligner.token_dropout:
-        kept = draws.uniform(image_tokens.shape[1]) >= run.cfg.model.aligner.token_dropout
-        image_tokens = image_tokens * kept.to(image_tokens)[..., None]
     return run.aligner(image_tokens).float()
 
 

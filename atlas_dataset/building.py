@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from functools import partial
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from atlas_dataset.dataset import INFO_FILE
@@ -77,6 +78,45 @@ configs:
 """
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What is the same for all textures of a data set."""
+
+    body: str
+    render: Render
+    views: int
+    height: int
+    width: int
+    seed: int
+    licence: str = "unknown"
+    device: str = "cpu"
+
+    def frames(self, texture_id: int, image: Image.Image) -> list[tuple[torch.Tensor, dict]]:
+        """A texture's renders, (3, height, width) in [-1, 1], with what was drawn for each."""
+        rig = load_rig(self.body, self.render.poses)
+        texture = body_pixels(image, rig.body, min(max(image.size), 4096)).to(self.device)
+        return render_texture(
+            rig, texture, self.render, self.seed, texture_id, list(range(self.views)), self.height, self.width
+        )
+
+    def rows(self, texture_id: int, encoded: bytes, prompt: str, name: str) -> tuple[dict, list[dict]] | dict:
+        """A texture's row and its renders' rows; or what is wrong with it."""
+        try:
+            image = open_image(encoded, name)
+        except UserError as error:
+            return {"texture_id": texture_id, "name": name, "reason": str(error)}
+        texture = {"bytes": encoded, "path": None}
+        row = {"texture_id": texture_id, "texture": texture, "prompt": prompt, "licence": self.licence}
+        renders = [
+            {
+                "texture_id": texture_id, "view": view, "licence": self.licence, **sampled,
+                "image": {"bytes": encode_image(image_from_pixels(picture), **JPEG), "path": None},
+            }
+            for view, (picture, sampled) in enumerate(self.frames(texture_id, image))
+        ]  # fmt: skip
+        return row, renders
+
+
 def build_dataset(
     source, body_spec: str, views: int, out: str | Path, height: int = 1024, width: int = 768, seed: int = 0,
     render: Render | None = None, licence: str = "unknown", workers: int | None = None,
@@ -111,7 +151,7 @@ def build_dataset(
     if workers is None:
         share = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         workers = 0 if device != "cpu" or len(waiting) * TEXTURES_PER_SHARD * views < 200 else share
-    task = partial(_build_texture, body_spec, render, views, height, width, seed, licence, device)
+    recipe = Recipe(body_spec, render, views, height, width, seed, licence, device)
     done = (count - len(waiting)) * TEXTURES_PER_SHARD * views
     with (
         _renderers(workers) as pool,
@@ -119,7 +159,7 @@ def build_dataset(
     ):
         for shard in waiting:
             texture_ids = range(shard * TEXTURES_PER_SHARD, min((shard + 1) * TEXTURES_PER_SHARD, len(source)))
-            built = _in_turn(pool, task, source, texture_ids, ahead=2 * workers)
+            built = _in_turn(pool, recipe.rows, source, texture_ids, ahead=2 * workers)
             _write_shard(out, shard, built, progress, views, info)
     if all(_files(out, shard)[1].exists() for shard in range(count)):
         _finish(out, info, count)
@@ -169,29 +209,6 @@ def _in_turn(pool, task, source, texture_ids, ahead: int) -> Iterator:
             yield running.popleft().result()
     while running:
         yield running.popleft().result()
-
-
-def _build_texture(
-    body_spec, render, views, height, width, seed, licence, device, texture_id, encoded, prompt, name
-) -> tuple[dict, list[dict]] | dict:
-    """A texture's row and its renders' rows; or what is wrong with it."""
-    rig = load_rig(body_spec, render.poses)
-    try:
-        image = open_image(encoded, name)
-    except UserError as error:
-        return {"texture_id": texture_id, "name": name, "reason": str(error)}
-    texture = body_pixels(image, rig.body, min(max(image.size), 4096)).to(device)
-    row = {"texture_id": texture_id, "texture": {"bytes": encoded, "path": None}, "prompt": prompt, "licence": licence}
-    renders = [
-        {
-            "texture_id": texture_id, "view": view, "licence": licence, **sampled,
-            "image": {"bytes": encode_image(image_from_pixels(picture), **JPEG), "path": None},
-        }
-        for view, (picture, sampled) in enumerate(
-            render_texture(rig, texture, render, seed, texture_id, list(range(views)), height, width)
-        )
-    ]  # fmt: skip
-    return row, renders
 
 
 def _write_shard(out: Path, shard: int, built, progress: tqdm, views: int, info: dict) -> None:

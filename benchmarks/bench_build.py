@@ -30,11 +30,9 @@ from torch.utils.data import DataLoader, Dataset
 from atlas_dataset import building
 from atlas_dataset.building import build_dataset
 from atlas_dataset.dataset import ATLASLarge, HuggingFaceATLAS
-from atlas_dataset.views import render_texture
 from configuration import Render
 from errors import exit_on_user_error
 from images import image_from_pixels, open_image, pixels_from_image, prepare_image, texture_pixels
-from render.rigs import load_rig
 
 VIEWS, HEIGHT, WIDTH = 5, 1024, 768
 
@@ -116,27 +114,12 @@ def megabytes_a_row(folder: Path, out: Path) -> float:
 
 def jpeg_cost(folder: Path) -> tuple[float, bool]:
     """The lowest PSNR of a stored render against its uncompressed frame; whether textures are stored as they were."""
-    source, rig = Repeated(folder, 7), load_rig(f"obj:{folder / 'smpl_uv.obj'}")
-    lowest, exact = math.inf, True
+    recipe = building.Recipe(f"obj:{folder / 'smpl_uv.obj'}", Render(), VIEWS, HEIGHT, WIDTH, seed=0)
+    source, lowest, exact = Repeated(folder, 7), math.inf, True
     for texture_id, (encoded, prompt) in enumerate(source[index] for index in range(7)):
-        row, renders = building._build_texture(
-            f"obj:{folder / 'smpl_uv.obj'}",
-            Render(),
-            VIEWS,
-            HEIGHT,
-            WIDTH,
-            0,
-            "",
-            "cpu",
-            texture_id,
-            encoded,
-            prompt,
-            "",
-        )
+        row, renders = recipe.rows(texture_id, encoded, prompt, "")
         exact &= row["texture"]["bytes"] == encoded
-        texture = texture_pixels(open_image(encoded), 1024)
-        frames = render_texture(rig, texture, Render(), 0, texture_id, list(range(VIEWS)), HEIGHT, WIDTH)
-        for (frame, _), stored in zip(frames, renders):
+        for (frame, _), stored in zip(recipe.frames(texture_id, open_image(encoded)), renders):
             frame = pixels_from_image(image_from_pixels(frame))
             error = (pixels_from_image(open_image(stored["image"]["bytes"])) - frame) / 2
             lowest = min(lowest, -10 * error.square().mean().log10().item())

@@ -65,10 +65,14 @@ def main():
         cfg = load_config(DEFAULT_CONFIG, [
             f"data.dataset={dataset}", f"data.body={body_spec}", f"data.cache_dir={work / 'cache'}",
             f"output.out_dir={work / 'checkpoints'}", f"output.log_dir={work / 'logs'}", "output.sample_every=1000000",
-            "output.save_every=1000000", "data.validation_textures=0", f"training.seed={SEED}", f"training.joint.max_steps={args.steps}",
+            "output.save_every=1000000", "data.validation_textures=0",
+            f"training.seed={SEED}", f"training.joint.max_steps={args.steps}",
             "training.joint.batch_size=7", "training.joint.effective_batch_size=7",
             "training.joint.learning_rate=3e-3", "training.joint.aligner_learning_rate=5e-4",
             "training.joint.gamma=2",
+            # On 280 renders the pooled aligner tells unseen views apart better than the queries, which learn them by
+            # heart: 140 against 134 of 140, of aligners trained alone.
+            "model.aligner.kind=pooled",
             *dotted_overrides(unknown),
         ])  # fmt: skip
         trained = load_checkpoint(train(cfg, "joint"))

@@ -111,11 +111,11 @@ def load_rig(spec: str, poses: str = "own") -> StillRig:
 
     Raises UserError when the body cannot take such poses.
     """
-    kind = spec.partition(":")[0]
-    if poses not in ("own", "rest") and kind not in KINDS:
+    kind, motions = spec.partition(":")[0], None if poses in ("own", "rest") else poses
+    if motions and kind not in KINDS:
         raise UserError(f"body {spec!r} cannot take the motions of {poses!r}; set data.render.poses to own or rest")
     if kind in KINDS:
-        if poses not in ("own", "rest"):
-            motion_files(poses)
-        return SmplRig(spec, None if poses in ("own", "rest") else poses)
+        if motions:
+            motion_files(motions)
+        return SmplRig(spec, motions)
     return AnnyRig(spec) if spec == "anny" and poses == "own" else StillRig(spec)

@@ -135,7 +135,7 @@ def test_a_full_disk_is_told_beforehand_and_keeps_what_is_whole(make_config, tmp
 
 
 def test_what_is_trained_is_not_cached(make_config):
-    with pytest.raises(UserError, match="model.lora.text_encoder_r trains the text encoder"):
+    with pytest.raises(UserError, match=r"model\.lora\.text_encoder_r trains the text encoder"):
         set_up(make_config("model.lora.text_encoder_r=2"), "joint")
 
 

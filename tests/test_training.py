@@ -297,7 +297,7 @@ def test_optimizers_learn(name, rate, make_config, tmp_path):
 
 def test_an_optimizer_that_is_not_installed_is_told(make_config, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(UserError, match="training.optimizer adamw8bit needs the package bitsandbytes"):
+    with pytest.raises(UserError, match=r"training\.optimizer adamw8bit needs the package bitsandbytes"):
         run.set_up(make_config("training.optimizer=adamw8bit"), "t2uv")
 
 
@@ -340,7 +340,7 @@ def test_the_text_encoder_may_have_a_lora_too(make_config, tiny_base, tmp_path):
 
 
 def test_zero_terminal_snr(make_config, tiny_base, tmp_path):
-    with pytest.raises(UserError, match="model.zero_terminal_snr needs a base that predicts v"):
+    with pytest.raises(UserError, match=r"model\.zero_terminal_snr needs a base that predicts v"):
         run.set_up(make_config("model.zero_terminal_snr=true"), "t2uv")
     base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
     settings = json.loads((base / "scheduler" / "scheduler_config.json").read_text())
