@@ -3,11 +3,13 @@
     python benchmarks/count_scaling.py        # prints the tables of docs/scaling.md
 
 Runs the architectures on the meta device, where tensors have shapes and no numbers: each matrix product is counted
-(2 FLOP a multiply-add), and each tensor that the backward keeps, in bf16.
+(2 FLOP a multiply-add), and each tensor that the backward keeps, in bf16 and with fused attention.
 """
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
@@ -39,17 +41,37 @@ def tflop(action) -> float:
     return counter.get_total_flops() / 1e12
 
 
-def kept_bytes(action) -> int:
-    """Bytes of the tensors that the backward of action() keeps, but for weights."""
-    kept = {}
+class FusedAttention(torch.autograd.Function):
+    """What fused attention keeps: queries, keys, values and the result, no matrix of weights."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def kept_bytes(action, module: torch.nn.Module) -> int:
+    """Bytes of the tensors that the backward of action() keeps, but for the module's weights."""
+    kept, original = {}, F.scaled_dot_product_attention
+    weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            kept[tensor.untyped_storage()._cdata] = tensor, tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = tensor, storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        action()
+    F.scaled_dot_product_attention = lambda query, key, value, **options: FusedAttention.apply(query, key, value)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            action()
+    finally:
+        F.scaled_dot_product_attention = original
     return sum(size for _, size in kept.values())
 
 
@@ -60,8 +82,6 @@ def meta(make):
 
 def count(name: str, resolution: int) -> dict[str, float]:
     """TFLOP of each part for one picture or prompt, GB that a row's backward keeps, parameters."""
-    from peft import LoraConfig
-
     unet = meta(lambda: UNet2DConditionModel(sample_size=resolution // 8, **UNETS[name]))
     vae = meta(lambda: AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
@@ -80,10 +100,10 @@ def count(name: str, resolution: int) -> dict[str, float]:
         unet(latents, torch.zeros(1, device="meta"), states).sample.sum().backward()
 
     found = {"forward": tflop(lambda: unet(latents, torch.zeros(1, device="meta"), states))}
-    found["step"], found["kept"] = tflop(step), kept_bytes(step) / 1e9
+    found["step"], found["kept"] = tflop(step), kept_bytes(step, unet) / 1e9
     unet.enable_gradient_checkpointing()
     unet.train()
-    found["checkpointed"], found["kept_checkpointed"] = tflop(step), kept_bytes(step) / 1e9
+    found["checkpointed"], found["kept_checkpointed"] = tflop(step), kept_bytes(step, unet) / 1e9
     with torch.no_grad():
         found["vae"] = tflop(lambda: vae.encode(tensor(1, 3, resolution, resolution)))
         found["clip"] = tflop(lambda: vision(tensor(1, 3, 224, 224)))
