@@ -125,7 +125,7 @@ def main():
           "rows a second on one H100 at 40 % |")  # fmt: skip
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for (name, resolution), row in rows.items():
-        seed = 2 * (row["checkpointed"] + row["vae"]) + row["clip"] + row["text"]
+        seed = 2 * row["checkpointed"] + row["vae"] + row["clip"] + row["text"]
         ours = 2 * row["step"]
         print(f"| {name}, {resolution} | {row['frozen']:.2f} | {row['kept']:.2f} | {row['kept_checkpointed']:.2f} | "
               f"{seed:.2f} | {ours:.2f} | {REACHED * PEAK / ours:.0f} |")  # fmt: skip
