@@ -128,16 +128,6 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
         cfg.model.attention, cfg.model.zero_terminal_snr,
     )  # fmt: skip
 
-    # What it is trained on; cached before LoRA changes the text encoder and the initial weights are drawn.
-    dataset = open_dataset(cfg, task, base)
-    cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"body": cfg.data.body or dataset.body})})
-    body = load_body(cfg.data.body)
-    use_caches(cfg, base, dataset, precision, rebuild_cache)
-    validation = dataset.hold_out(cfg.data.validation_textures) if cfg.data.validation_textures else None
-    if len(dataset) < schedule.batch_size:
-        raise UserError(f"training.{task}.batch_size is {schedule.batch_size} but the data set has {len(dataset)} rows")
-    total_steps = schedule.max_steps or max(1, schedule.num_epochs * len(dataset) // schedule.effective_batch_size)
-
     # What is trained: LoRA and aligner in float32, on a frozen base.
     torch.manual_seed(settings.seed)
     parameters, null_states = add_lora(base.unet, cfg.model.lora), None
@@ -155,6 +145,16 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
         parameters += aligner.parameters()
     processes.copy_from_main([parameter.data for parameter in parameters])
     _prepare_unet(base.unet, cfg)
+
+    # What it is trained on.
+    dataset = open_dataset(cfg, task, base)
+    cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"body": cfg.data.body or dataset.body})})
+    body = load_body(cfg.data.body)
+    use_caches(cfg, base, dataset, precision, rebuild_cache)
+    validation = dataset.hold_out(cfg.data.validation_textures) if cfg.data.validation_textures else None
+    if len(dataset) < schedule.batch_size:
+        raise UserError(f"training.{task}.batch_size is {schedule.batch_size} but the data set has {len(dataset)} rows")
+    total_steps = schedule.max_steps or max(1, schedule.num_epochs * len(dataset) // schedule.effective_batch_size)
 
     optimizer = make_optimizer(settings.optimizer, groups, schedule)
     kind = "constant_with_warmup" if schedule.lr_scheduler == "constant" else schedule.lr_scheduler

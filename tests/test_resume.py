@@ -75,6 +75,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(how, options, config, monkeypat
     def config(name, make=config):
         return make(name, *options)
 
+    handler = signal.getsignal(signal.SIGINT)
     whole = train(config("whole"), "joint")
     with monkeypatch.context() as patch:
         if how == "crash":
@@ -91,7 +92,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(how, options, config, monkeypat
                 train(config("cut"), "joint")
             assert stopped.value.code == STOPPED
             assert "stopped at step 3" in capsys.readouterr().out, "it saves where it is, not where it would"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     resumed = train(config("cut"), "joint", resume="auto")
     assert f"at step {4 if how == 'crash' else 3}" in capsys.readouterr().out
     assert_equal(state(whole), state(resumed))
