@@ -171,6 +171,7 @@ def _build(folder: Path, part: Part, missing: dict[str, int], num_workers: int) 
     check_writable(folder)
     keys = list(missing)
     groups = [keys[start : start + ROWS_PER_SHARD] for start in range(0, len(keys), ROWS_PER_SHARD)]
+    checked = not processes.is_main()
     with tqdm(total=len(keys), desc=f"cache of {part.name}", unit="row", disable=not processes.is_main()) as progress:
         for number, group in enumerate(groups):
             if number % processes.world_size() != processes.rank():
@@ -182,8 +183,9 @@ def _build(folder: Path, part: Part, missing: dict[str, int], num_workers: int) 
             with one_line_errors():
                 for batch in inputs:
                     made = part.encode(batch).cpu()
-                    if not entries and not progress.n:
+                    if not checked:
                         _check_space(folder, len(keys), made[0], progress)
+                        checked = True
                     for key, entry in zip(group[len(entries) :], made):
                         if not entry.isfinite().all():
                             raise UserError(f"{part.name} of row {missing[key]} is not finite; set "

@@ -19,7 +19,11 @@ def cpu_has_bf16() -> bool:
 def resolve_precision(mixed_precision: str, device: torch.device) -> torch.dtype | None:
     """Autocast dtype for "no", "bf16", "fp16" or "auto" (bf16 where the hardware has it); None means none."""
     if mixed_precision == "auto":
-        has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and cpu_has_bf16()
+        has_bf16 = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device.type == "cuda"
+            else device.type == "cpu" and cpu_has_bf16()
+        )
         return torch.bfloat16 if has_bf16 else (torch.float16 if device.type == "cuda" else None)
     return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
 

@@ -91,6 +91,8 @@ def load_lora(base, path: str | Path) -> None:
         raise UserError(f"the LoRA at {path} has no weights for this UNet; was it made for another base?")
     for parameter in (*lora_parameters(base.unet), *lora_parameters(base.text_encoder)):
         parameter.requires_grad_(False)
+    base.unet.eval()  # new layers come in training mode, with LoRA's dropout
+    base.text_encoder.eval()
 
 
 def _load_diffusers_file(base, file: Path) -> None:

@@ -63,8 +63,8 @@ class RunLog:
 
     @contextmanager
     def counting_flops(self):
-        """Counts the arithmetic of the first step, on CUDA."""
-        if self.flops or self.run.base.device.type != "cuda":
+        """Counts the arithmetic of the first step on CUDA, unless the UNet is compiled: counting would prevent it."""
+        if self.flops or self.run.base.device.type != "cuda" or self.run.cfg.model.compile:
             yield
             return
         with FlopCounterMode(display=False) as counter:
@@ -84,7 +84,7 @@ class RunLog:
         found |= {"samples_per_second": samples / seconds, "data_wait_share": self.waited / seconds}
         found["peak_memory_gb"] = peak_memory(device) / 1e9
         found |= lora_norms(run.base.unet)
-        if device.type == "cuda" and (peak := peak_flops(device)):
+        if self.flops and (peak := peak_flops(device)):
             found["mfu"] = self.flops * self.steps / seconds / peak
         self.scalars(found, global_step)
         self._restart()
@@ -204,8 +204,6 @@ def sample_grid(run: Run) -> Tensor:
     """Textures for the configured prompts and two rows of the data set, each with four views → (3, H, W) in [0, 1]."""
     cfg, base, dataset, task = run.cfg, run.base, run.validation or run.dataset, run.task
     trained = TrainedModel(base, run.aligner, cfg)
-    was_training = base.unet.training
-    base.unet.eval()
     rows = list(range(0, len(dataset), max(1, len(dataset) // 2)))[:2]
     conditions = []
     with autocast(base.device, run.precision):
@@ -218,7 +216,6 @@ def sample_grid(run: Run) -> Tensor:
             trained, torch.cat(conditions), cfg.inference.negative_prompt, list(range(len(conditions))),
             cfg.inference.num_inference_steps, cfg.inference.guidance_scale,
         ).cpu()  # fmt: skip
-    base.unet.train(was_training)
     size = 256
     cameras = orbit_cameras(
         run.body, torch.tensor([0.0, 90.0, 180.0, 270.0]), torch.full((4,), 8.0), torch.full((4,), 30.0)

@@ -63,12 +63,15 @@ def batch_losses(run: "Run", batch: dict, draws: RowDraws) -> Iterator[dict[str,
     with autocast(base.device, run.precision):
         mean, std = posterior(run, batch)
         latents = sample_posterior(base.vae, mean, std, draws.normal(mean.shape[1:]).to(mean))  # (B, 4, H/8, W/8)
-        null_states = encode_prompts(base, [""]) if run.null_states is None else run.null_states  # (1, L, D)
         text_states = None
         if "text" in conditions or schedule.gamma or schedule.both_share:
             text_states = prompt_states(run, batch)  # (B, L, D)
     for kinds in [conditions] if schedule.schedule == "paired" else [(kind,) for kind in conditions]:
         noises, timesteps, states, losses = [], [], [], {}
+        null_states = run.null_states  # (1, L, D)
+        if null_states is None:  # being trained: a graph for each backward
+            with autocast(base.device, run.precision):
+                null_states = encode_prompts(base, [""])
         for kind in kinds:
             noises.append(draws.normal(latents.shape[1:]).to(latents))
             timesteps.append(draws.integers(base.noise_scheduler.config.num_train_timesteps).to(latents.device))
@@ -138,8 +141,6 @@ def validation_losses(run: "Run") -> dict[str, float]:
     """val/t2uv and val/i2uv: the mean error on the held-out rows at the quantiles of the timesteps, with noise that
     depends on the texture alone, so that runs can be compared. Each process takes its share of the rows."""
     conditions, base, rows = CONDITIONS[run.task], run.base, run.validation
-    was_training = base.unet.training
-    base.unet.eval()
     totals = torch.zeros(1 + len(conditions), device=base.device)
     mine = range(processes.rank(), len(rows), processes.world_size())
     for start in range(0, len(mine), run.schedule.batch_size):
@@ -157,6 +158,5 @@ def validation_losses(run: "Run") -> dict[str, float]:
             totals[0] += len(latents)
             for place, encoder_hidden_states in enumerate(states, 1):
                 totals[place] += denoising_errors(run, latents, noise, timesteps, encoder_hidden_states).sum()
-    base.unet.train(was_training)
     processes.mean_over_processes([totals])
     return {f"val/{TASK_NAME[kind]}": (total / totals[0]).item() for kind, total in zip(conditions, totals[1:])}

@@ -87,7 +87,8 @@ class Run:
                 parameter.copy_(saved)
         rates = self.lr_scheduler.base_lrs  # the configuration's: they may be lowered
         for name in ("optimizer", "lr_scheduler", "scaler"):
-            getattr(self, name).load_state_dict(state[name])
+            if name != "scaler" or state[name]:  # empty when that run was not in fp16
+                getattr(self, name).load_state_dict(state[name])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
             self.ema.to(self.base.device)
@@ -96,6 +97,18 @@ class Run:
             group["initial_lr"], group["lr"] = rate, rate * factor(self.lr_scheduler.last_epoch)
         self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.global_step, self.skipped = state["global_step"], state["skipped"]
+
+    @contextmanager
+    def evaluating(self):
+        """Inside, LoRA drops nothing out."""
+        modules = (self.base.unet, self.base.text_encoder)
+        modes = [{part: part.training for part in module.modules()} for module in modules]
+        for module in modules:
+            module.eval()
+        yield
+        for mode in modes:
+            for part, training in mode.items():
+                part.training = training
 
     @contextmanager
     def averaged(self):

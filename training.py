@@ -79,7 +79,7 @@ def train(
                     name.removeprefix("loss/"): f"{value:.3f}" for name, value in found.items() if "loss/" in name
                 })  # fmt: skip
             if run.validation and (global_step % cfg.output.validate_every == 0 or is_last):
-                with log.paused(), run.averaged():
+                with log.paused(), run.averaged(), run.evaluating():
                     log.scalars(validation_losses(run), global_step)
             if global_step % cfg.output.save_every == 0 or is_last or stopping:
                 checkpoint = save(run)
@@ -88,7 +88,7 @@ def train(
                 processes.say(f"stopped at step {global_step}, saved in {checkpoint}; --resume auto goes on")
                 raise SystemExit(STOPPED)
             if (global_step % cfg.output.sample_every == 0 or is_last) and processes.is_main():
-                with log.paused(), run.averaged():
+                with log.paused(), run.averaged(), run.evaluating():
                     log.image("samples", sample_grid(run), global_step)
     log.close()
     processes.say(f"checkpoint: {checkpoint}")
@@ -128,9 +128,10 @@ def optimizer_step(
         run.scaler.step(run.optimizer)
         if run.ema:
             run.ema.step(run.parameters)
-    else:
+    elif run.scaler.get_scale() <= 1:
         run.skipped += 1
-    found["skipped_steps"] = float(run.skipped > 0)
+    # An fp16 overflow lowers the scale and is no divergence until the scale is down.
+    found["skipped_steps"] = float(not norm.isfinite())
     run.scaler.update()
     run.lr_scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)

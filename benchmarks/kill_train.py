@@ -44,7 +44,8 @@ def run(
     except subprocess.TimeoutExpired:
         while while_saving and process.poll() is None and not list(Path(work, name, "joint").glob(".step-*.partial")):
             time.sleep(0.0005)
-        os.killpg(process.pid, number)
+        if process.poll() is None:
+            os.killpg(process.pid, number)
         _, error = process.communicate()
     if process.returncode not in (0, STOPPED, -signal.SIGKILL, -signal.SIGTERM):
         raise SystemExit(error.decode())
@@ -73,7 +74,7 @@ def main():
         final, statuses, kills, torn = f"joint/step-{STEPS:06d}", [], 0, 0
         while kills < args.kills:
             number, while_saving = signal.SIGTERM if kills % 4 == 3 else signal.SIGKILL, kills % 4 == 1
-            statuses.append(run(work, "killed", moments.uniform(0.4, 0.65) * took, number, while_saving))
+            statuses.append(run(work, "killed", moments.uniform(0.35, 0.55) * took, number, while_saving))
             torn += while_saving and bool(list(Path(work, "killed", "joint").glob(".step-*.partial")))
             kills += statuses[-1] != 0
             saved = sorted(Path(work, "killed", "joint").glob("step-*"))

@@ -152,13 +152,22 @@ def test_texels_outside_the_islands_can_be_left_out(make_config):
 
 
 def test_validation_is_on_held_out_rows_with_fixed_noise(make_config):
-    run = set_up(make_config("data.validation_textures=2", "training.joint.batch_size=1", "data.views=stored"), "joint")
+    run = set_up(
+        make_config("data.validation_textures=2", "training.joint.batch_size=1", "model.lora.dropout=0.5"), "joint"
+    )
     held = {run.validation[row]["texture_id"] for row in range(len(run.validation))}
     kept = {run.dataset[row]["texture_id"] for row in range(len(run.dataset))}
     assert len(run.validation) == 2 and len(held) == 2 and not held & kept and len(run.dataset) == 6
-    first = validation_losses(run)
-    torch.manual_seed(99)
-    assert first.keys() == {"val/t2uv", "val/i2uv"} and validation_losses(run) == first
+    with torch.no_grad():
+        for parameter in lora_parameters(run.base.unet):
+            parameter.normal_(std=0.1)
+    with run.evaluating():
+        first = validation_losses(run)
+        torch.manual_seed(99)
+        assert first.keys() == {"val/t2uv", "val/i2uv"} and validation_losses(run) == first
+    assert run.base.unet.training and validation_losses(run) != first, "dropout is on again"
     other = set_up(make_config("data.validation_textures=2", "training.seed=5"), "joint")  # batches of 4
     assert {other.validation[row]["texture_id"] for row in range(2)} == held, "whatever the seed"
-    assert validation_losses(other)["val/t2uv"] == pytest.approx(first["val/t2uv"], rel=1e-5), "whatever the batch"
+    run = set_up(make_config("data.validation_textures=2", "training.joint.batch_size=1"), "joint")
+    found = [validation_losses(some)["val/t2uv"] for some in (run, other)]
+    assert found[0] == pytest.approx(found[1], rel=1e-5), "whatever the batch: a new LoRA changes nothing"

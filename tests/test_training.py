@@ -318,8 +318,10 @@ def test_checkpoints_hold_the_moving_average(make_config):
     assert any(not torch.allclose(*pair, atol=1e-4) for pair in zip(saved, steps[-1]))
 
 
-def test_the_text_encoder_may_have_a_lora_too(make_config, tiny_base, tmp_path):
-    cfg = make_config("model.lora.text_encoder_r=2", "data.cache=latents", "training.joint.learning_rate=0.1",
+@pytest.mark.parametrize("schedule", ["alternate", "paired"])
+def test_the_text_encoder_may_have_a_lora_too(schedule, make_config, tiny_base, tmp_path):
+    schedule = f"training.joint.schedule={schedule}"
+    cfg = make_config(schedule, "model.lora.text_encoder_r=2", "data.cache=latents", "training.joint.learning_rate=0.1",
                       "training.joint.lr_scheduler=constant")  # fmt: skip
     checkpoint = train(cfg, "joint")
     trained, plain = load_checkpoint(checkpoint), load_base(str(tiny_base))
@@ -332,7 +334,8 @@ def test_the_text_encoder_may_have_a_lora_too(make_config, tiny_base, tmp_path):
         plain.text_encoder = pipeline.text_encoder
         assert torch.allclose(encode_prompts(plain, prompt), ours, atol=1e-5), "and loads in plain diffusers"
     # To the bit after a resume, as everything else.
-    again = train(make_config("model.lora.text_encoder_r=2", "data.cache=latents", "training.joint.learning_rate=0.1",
+    again = train(make_config(schedule, "model.lora.text_encoder_r=2",
+                              "data.cache=latents", "training.joint.learning_rate=0.1",
                               "training.joint.lr_scheduler=constant", "output.save_every=1",
                               f"output.out_dir={tmp_path / 'again'}"), "joint")  # fmt: skip
     assert all(torch.equal(load_file(checkpoint / LORA_FILE)[key], value)
