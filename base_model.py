@@ -133,6 +133,13 @@ def load_base(
     return base
 
 
+def load_configured_base(settings, device: torch.device, dtype: torch.dtype) -> BaseModel:
+    """The base that configuration.Model names."""
+    return load_base(
+        settings.pretrained_model, settings.image_encoder, device, dtype, settings.attention, settings.zero_terminal_snr
+    )
+
+
 def check_xformers() -> None:
     """Raises UserError unless xformers is installed and its kernels load under this torch."""
     try:

@@ -100,14 +100,14 @@ def picture_keys(table, column: str, root: Path) -> list[str]:
     memo = root / f"keys-{table._fingerprint}-{column}.json"
     if memo.exists():
         return json.loads(memo.read_text())
-    pictures = (row[column] for row in tqdm(table.select_columns(column), f"{column} keys", unit="row", leave=False))
-    contents = [picture["bytes"] for picture in pictures]
-    keys = [digest(content) if content else "" for content in contents]
-    if all(keys):
+    keys, all_inside = [], True
+    for row in tqdm(table.select_columns(column), f"{column} keys", unit="row", leave=False):
+        content = row[column]["bytes"]
+        all_inside &= bool(content)
+        keys.append(digest(content or Path(row[column]["path"]).read_bytes()))
+    if all_inside:  # pictures outside the table may change without it
         write_whole(memo, json.dumps(keys).encode())
-        return keys
-    # Pictures outside the table may change without it.
-    return [key or digest(Path(row[column]["path"]).read_bytes()) for key, row in zip(keys, table)]
+    return keys
 
 
 def use_caches(

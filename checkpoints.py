@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from base_model import BaseModel, load_base, pick_device
+from base_model import BaseModel, load_configured_base, pick_device
 from conditioning import make_aligner
 from configuration import Config, load_config, save_config
 from diffusion import frozen_dtype, resolve_precision
@@ -157,10 +157,7 @@ def load_trained(cfg: Config, lora: Path, aligner: Path | None) -> TrainedModel:
     """The configured base with the LoRA and, unless None, the aligner at those paths."""
     device = pick_device(cfg.training.device)
     dtype = frozen_dtype(resolve_precision(cfg.training.mixed_precision, device), device)
-    base = load_base(
-        cfg.model.pretrained_model, cfg.model.image_encoder, device, dtype, cfg.model.attention,
-        cfg.model.zero_terminal_snr,
-    )  # fmt: skip
+    base = load_configured_base(cfg.model, device, dtype)
     load_lora(base, lora)
     loaded = None if aligner is None else load_aligner(Path(aligner), cfg.model.aligner, base)
     return TrainedModel(base, loaded, cfg)

@@ -12,8 +12,6 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from errors import UserError, reason
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-
-
 ADAPTED = ("unet", "text_encoder")
 TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import processes
 from atlas_dataset.building import build_dataset
 from atlas_dataset.dataset import ATLASLarge, ProceduralTextures, fingerprint
-from base_model import BaseModel, load_base, pick_device
+from base_model import BaseModel, load_configured_base, pick_device
 from caching import use_caches
 from conditioning import encode_prompts, make_aligner
 from configuration import Config, Schedule
@@ -136,10 +136,7 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
     _check_divides(schedule, task)
     device = processes.join(pick_device(settings.device))
     precision = resolve_precision(settings.mixed_precision, device)
-    base = load_base(
-        cfg.model.pretrained_model, cfg.model.image_encoder, device, frozen_dtype(precision, device),
-        cfg.model.attention, cfg.model.zero_terminal_snr,
-    )  # fmt: skip
+    base = load_configured_base(cfg.model, device, frozen_dtype(precision, device))
 
     # What is trained: LoRA and aligner in float32, on a frozen base.
     torch.manual_seed(settings.seed)
@@ -257,8 +254,6 @@ def open_dataset(cfg: Config, task: str, base: BaseModel) -> ATLASLarge:
     if body is None:
         raise UserError(f"data set {cfg.data.dataset} does not say which body it is for; set data.body")
     if "image" in CONDITIONS[task]:
-        if base.image_encoder is None:
-            raise UserError("this base has no image encoder; set model.image_encoder to a CLIP vision model")
         if cfg.data.views == "online":
             dataset.render_online(cfg.data.render, body, cfg.data.views_per_texture, cfg.training.seed)
         elif dataset.renders is None:

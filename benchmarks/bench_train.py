@@ -23,11 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets
 import torch
+from count_scaling import TEXT, UNETS, VAE, VISION
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPVisionModel
 
 from base_model import PROJECT_ROOT, load_base
 from conditioning import encode_images, encode_prompts
@@ -51,20 +52,11 @@ def make_sd15_shape(folder: Path) -> Path:
     tokenizer = load_base("embedded_base").tokenizer
     tokenizer.save_pretrained(folder / "tokenizer")
     parts = {
-        "unet": UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
-        "vae": AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
-            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        ),
-        "text_encoder": CLIPTextModel(CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-            num_attention_heads=12,
-        )),
-        "image_encoder": CLIPVisionModel(CLIPVisionConfig(
-            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224,
-            patch_size=14,
-        )),
-    }  # fmt: skip
+        "unet": UNet2DConditionModel(sample_size=64, **UNETS["SD 1.5"]),
+        "vae": AutoencoderKL(sample_size=512, **VAE),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**{**TEXT["SD 1.5"].to_dict(), "vocab_size": len(tokenizer)})),
+        "image_encoder": CLIPVisionModel(VISION["SD 1.5"]),
+    }
     for name, module in parts.items():
         module.half().save_pretrained(folder / name)
     CLIPImageProcessorPil().save_pretrained(folder / "feature_extractor")

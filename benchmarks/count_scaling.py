@@ -18,6 +18,10 @@ UNETS = {
     "SD 1.5": dict(cross_attention_dim=768, attention_head_dim=8),
     "SD 2.1": dict(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True),
 }
+VAE = dict(
+    block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+    down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+)  # fmt: skip
 TEXT = {
     "SD 1.5": CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
     "SD 2.1": CLIPTextConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16),
@@ -83,10 +87,7 @@ def meta(make):
 def count(name: str, resolution: int) -> dict[str, float]:
     """TFLOP of each part for one picture or prompt, GB that a row's backward keeps, parameters."""
     unet = meta(lambda: UNet2DConditionModel(sample_size=resolution // 8, **UNETS[name]))
-    vae = meta(lambda: AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-    ))  # fmt: skip
+    vae = meta(lambda: AutoencoderKL(**VAE))
     text, vision = meta(lambda: CLIPTextModel(TEXT[name])), meta(lambda: CLIPVisionModel(VISION[name]))
     unet.add_adapter(LoraConfig(r=16, target_modules=TARGETS))
 

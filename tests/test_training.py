@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import run
 import training
 from atlas_dataset.dataset import INFO_FILE
-from base_model import load_base
+from base_model import load_base, load_configured_base
 from checkpoints import load_checkpoint
 from conditioning import encode_prompts, make_aligner
 from errors import UserError
@@ -78,7 +78,9 @@ def test_only_lora_and_aligner_move_and_they_all_do(task, make_config, monkeypat
 
     monkeypatch.setattr(training, "save_checkpoint", spy)
     bases = []
-    monkeypatch.setattr(run, "load_base", lambda *args: bases.append(load_base(*args)) or bases[0])
+    monkeypatch.setattr(
+        run, "load_configured_base", lambda *args: bases.append(load_configured_base(*args)) or bases[0]
+    )
     cfg = make_config("training.seed=3")
     train(cfg, task)
 
