@@ -149,10 +149,11 @@ Range = Annotated[list[Number], Field(min_length=2, max_length=2), AfterValidato
 class Backgrounds(Section):
     """How often each kind stands behind the body, in any unit."""
 
-    plain: Annotated[Number, Field(ge=0)] = 0.4
+    plain: Annotated[Number, Field(ge=0)] = 0.4  # one colour, any
     gradient: Annotated[Number, Field(ge=0)] = 0.3
     noise: Annotated[Number, Field(ge=0)] = 0.3
     pictures: Annotated[Number, Field(ge=0)] = 0.0  # of data.render.background_folder
+    white: Annotated[Number, Field(ge=0)] = 0.0  # as in a studio
 
 
 class Render(Section):

@@ -137,26 +137,13 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
     device = processes.join(pick_device(settings.device))
     precision = resolve_precision(settings.mixed_precision, device)
     base = load_configured_base(cfg.model, device, frozen_dtype(precision, device))
-
-    # What is trained: LoRA and aligner in float32, on a frozen base.
-    torch.manual_seed(settings.seed)
-    parameters, null_states = add_lora(base.unet, cfg.model.lora), None
-    if cfg.model.lora.text_encoder_r:
-        parameters += add_text_encoder_lora(base.text_encoder, cfg.model.lora)
-    else:
+    aligner, groups = add_trained(cfg, task, base)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    null_states = None
+    if not cfg.model.lora.text_encoder_r:
         with autocast(device, precision):
             null_states = encode_prompts(base, [""])
-    groups, aligner = [{"params": list(parameters)}], None
-    if "image" in CONDITIONS[task]:
-        aligner = make_aligner(cfg.model.aligner, base)
-        groups.append({"params": list(aligner.parameters())})
-        if schedule.aligner_learning_rate and settings.optimizer != "prodigy":  # which finds one rate for all
-            groups[1]["lr"] = schedule.aligner_learning_rate
-        parameters += aligner.parameters()
-    processes.copy_from_main([parameter.data for parameter in parameters])
-    _prepare_unet(base.unet, cfg)
 
-    # What it is trained on.
     dataset = open_dataset(cfg, task, base)
     cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"body": cfg.data.body or dataset.body})})
     body = load_body(cfg.data.body)
@@ -182,6 +169,25 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
         cfg, task, base, aligner, parameters, dataset, validation, body, optimizer, lr_scheduler, scaler, ema,
         precision, total_steps, texel_weight, null_states,
     )  # fmt: skip
+
+
+def add_trained(cfg: Config, task: str, base: BaseModel) -> tuple[torch.nn.Module | None, list[dict]]:
+    """Puts LoRA on the frozen base and makes the aligner, in float32, from the seed → the aligner (None without
+    pictures) and the optimiser's groups of parameters."""
+    schedule = getattr(cfg.training, task)
+    torch.manual_seed(cfg.training.seed)
+    lora, aligner = add_lora(base.unet, cfg.model.lora), None
+    if cfg.model.lora.text_encoder_r:
+        lora += add_text_encoder_lora(base.text_encoder, cfg.model.lora)
+    groups = [{"params": lora}]
+    if "image" in CONDITIONS[task]:
+        aligner = make_aligner(cfg.model.aligner, base)
+        groups.append({"params": list(aligner.parameters())})
+        if schedule.aligner_learning_rate and cfg.training.optimizer != "prodigy":  # which finds one rate for all
+            groups[1]["lr"] = schedule.aligner_learning_rate
+    processes.copy_from_main([parameter.data for group in groups for parameter in group["params"]])
+    _prepare_unet(base.unet, cfg)
+    return aligner, groups
 
 
 def _check_divides(schedule: Schedule, task: str) -> None:

@@ -87,17 +87,17 @@ def view_lights(cameras: Cameras, views: list[dict]) -> Lights:
     """Each view's ambient and directional lights together."""
     rows = []
     for index, view in enumerate(views):
-        camera = Cameras(*(getattr(cameras, name)[index : index + 1] for name in ("rotation", "translation", "focal")))
         azimuth, elevation, *colour = torch.tensor(view["lights"]).unbind(1)
-        one = Cameras(*(part.expand(len(azimuth), *part.shape[1:]) for part in
-                        (camera.rotation, camera.translation, camera.focal)))  # fmt: skip
-        lights = directional_light(from_camera(one, azimuth, elevation), torch.stack(colour, dim=-1))
+        seen_from = cameras.take(torch.full((len(azimuth),), index))
+        lights = directional_light(from_camera(seen_from, azimuth, elevation), torch.stack(colour, dim=-1))
         rows.append(ambient_light(torch.tensor([view["ambient"]])).coefficients + lights.coefficients.sum(0))
     return Lights(torch.cat(rows))
 
 
 def make_background(kind: str, rng: np.random.Generator, height: int, width: int, folder: str | None) -> Tensor:
-    """plain, gradient, noise or pictures → (3, height, width) in [0, 1]."""
+    """plain, gradient, noise, pictures or white → (3, height, width) in [0, 1]."""
+    if kind == "white":
+        return torch.ones(3, height, width)
     colours = torch.from_numpy(rng.uniform(0, 1, (2, 3, 1, 1))).float()
     if kind == "plain":
         return colours[0].expand(3, height, width)

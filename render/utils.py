@@ -31,6 +31,10 @@ class Cameras:
     def to(self, device) -> "Cameras":
         return Cameras(self.rotation.to(device), self.translation.to(device), self.focal.to(device))
 
+    def take(self, index: Tensor) -> "Cameras":
+        """Those that index (M,) names, in its order."""
+        return Cameras(self.rotation[index], self.translation[index], self.focal[index])
+
     def project(self, vertices: Tensor, height: int, width: int) -> Tensor:
         """vertices: (V, 3) or (N, V, 3) world → (N, V, 3): pixel x, pixel y, depth in metres."""
         points = vertices @ self.rotation.transpose(1, 2) + self.translation[:, None]

@@ -157,12 +157,12 @@ def test_backgrounds(tmp_path):
     from PIL import Image
 
     Image.new("RGB", (30, 50), "red").save(tmp_path / "red.png")
-    for kind in ("plain", "gradient", "noise", "pictures"):
+    for kind in ("plain", "gradient", "noise", "white", "pictures"):
         made = [make_background(kind, np.random.default_rng(seed), 24, 16, str(tmp_path)) for seed in (1, 1, 2)]
         assert made[0].shape == (3, 24, 16) and made[0].min() >= 0 and made[0].max() <= 1
-        assert torch.equal(made[0], made[1]) and (kind == "pictures" or not torch.equal(made[0], made[2]))
+        assert torch.equal(made[0], made[1]) and (kind in ("white", "pictures") or not torch.equal(made[0], made[2]))
         flat = (made[0] == made[0][:, :1, :1]).all()
-        assert flat == (kind in ("plain", "pictures"))
+        assert flat == (kind in ("plain", "white", "pictures"))
     assert torch.allclose(made[0][:, 0, 0], torch.tensor([1.0, 0, 0]))
     with pytest.raises(UserError, match="no pictures in"):
         make_background("pictures", np.random.default_rng(0), 8, 8, str(tmp_path / "nowhere"))
