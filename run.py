@@ -134,6 +134,7 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
     """Everything for a run at step 0. Raises UserError for what the configuration or its files have wrong."""
     schedule, settings = getattr(cfg.training, task), cfg.training
     _check_divides(schedule, task)
+    processes.keep_freed_memory()
     device = processes.join(pick_device(settings.device))
     precision = resolve_precision(settings.mixed_precision, device)
     base = load_configured_base(cfg.model, device, frozen_dtype(precision, device))

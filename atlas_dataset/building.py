@@ -32,6 +32,7 @@ from configuration import Render
 from errors import UserError, reason
 from files import check_writable, temporary_name, write_whole
 from images import body_pixels, encode_image, image_from_pixels, open_image
+from processes import keep_freed_memory
 from render.rigs import load_rig
 
 TEXTURES_PER_SHARD = 32
@@ -176,17 +177,20 @@ def _files(out: Path, shard: int) -> tuple[Path, Path, Path]:
 def _renderers(workers: int) -> Iterator[ProcessPoolExecutor | None]:
     """Processes of one thread each: as fast as the cores, and each picture's bytes depend on nothing around it."""
     if workers:
-        with ProcessPoolExecutor(
-            workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare_renderer) as pool:
             yield pool
         return
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    _prepare_renderer()
     try:
         yield None
     finally:
         torch.set_num_threads(threads)
+
+
+def _prepare_renderer() -> None:
+    torch.set_num_threads(1)
+    keep_freed_memory()
 
 
 def _in_turn(pool, task, source, texture_ids, ahead: int) -> Iterator:

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_render.py            # needs embreex, as the tests do
 
-Medians over alternating repetitions in one process; the last line is JSON. `speedup_vs_embree` compares one sample a
+Medians over repetitions in turn, in one process; the last line is JSON. `speedup_vs_embree` compares one sample a
 pixel with one ray a pixel.
 """
 
@@ -18,9 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
+from processes import keep_freed_memory
 from render.utils import load_body, orbit_cameras, rasterize, render_views, shade, studio_lights
 
 HEIGHT, WIDTH = 1024, 768
+IN_A_ROW = 6
 
 
 def embree_frame(body, cameras):
@@ -40,16 +42,17 @@ def embree_frame(body, cameras):
 
 
 def medians(variants: dict, repetitions: int) -> dict[str, float]:
-    """Milliseconds of each variant, run in turn."""
+    """Milliseconds of each variant, run in turn, several times in a row: the first of them finds the caches cold."""
     times = {name: [] for name in variants}
-    for repetition in range(repetitions + 3):
+    for _ in range(repetitions):
         for name, frame in variants.items():
-            began = time.perf_counter()
-            frame()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if repetition >= 3:  # the first are warm-up
-                times[name].append(time.perf_counter() - began)
+            for place in range(IN_A_ROW):
+                began = time.perf_counter()
+                frame()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                if place:
+                    times[name].append(time.perf_counter() - began)
     return {name: 1000 * statistics.median(values) for name, values in times.items()}
 
 
@@ -58,6 +61,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=21)
     args = parser.parse_args()
+    keep_freed_memory()
     body = load_body("anny")
     cameras = orbit_cameras(
         body, torch.tensor([30.0]), torch.tensor([5.0]), torch.tensor([30.0]), aspect=WIDTH / HEIGHT

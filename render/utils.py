@@ -18,6 +18,7 @@ from render.rigs import load_body  # noqa: F401  offered here
 
 NEAR = 0.05  # metres; triangles that reach nearer than this to the camera are not drawn
 MAX_CANDIDATES = 30_000_000  # (triangle, pixel) pairs tested at once, about 1 GB
+MAX_SAMPLES = 32  # of a texture along a pixel's side
 
 
 @dataclass(frozen=True)
@@ -137,25 +138,29 @@ def _rasterize_points(points: Tensor, faces: Tensor, height: int, width: int, ba
     Cuts each triangle into the spans of pixels that its rows cover, and keeps the nearest in each pixel. A pixel is
     covered when its centre is; an edge shared by two triangles gives both the same crossing, so that none is missed.
     """
-    shape = (len(points), height, width)
     triangles = _visible_triangles(points, faces, height, width, back_faces)
     spans = _cut_into_spans(triangles, width)
     if int(spans.count.sum()) > MAX_CANDIDATES and len(points) > 1:
         halves = [_rasterize_points(half, faces, height, width, back_faces) for half in points.tensor_split(2)]
         return _join(*halves)
-    pixel, face = _nearest_faces(triangles, spans, shape, len(faces))
-    return Fragments(shape, pixel, face, *_surface(points, faces, pixel, face, height, width))
+    view, row, column, triangle = _nearest_triangles(triangles, spans, len(points))
+    pixel = (view * height + row) * width + column
+    barycentrics, depth = _surface(triangles, triangle, column + 0.5, row + 0.5)
+    face, area = _take(triangles.face, triangle), _take(triangles.doubled_area.abs() / 2, triangle)
+    return Fragments((len(points), height, width), pixel, face, barycentrics, depth, area)
 
 
 @dataclass(frozen=True)
 class _Triangles:
-    """T triangles on the screen. index: (T,) view * F + face. x, y, depth: (3, T), of the corners. doubled_area: (T,),
-    negative for the front, as y is down. first_row, last_row: (T,) the pixel rows covered are first .. last - 1."""
+    """T triangles on the screen. view, face: (T,) int64. x, y, inverse_depth: (3, T), of the corners. doubled_area:
+    (T,), negative for the front, as y is down. first_row, last_row: (T,) the pixel rows covered are first .. last - 1.
+    """
 
-    index: Tensor
+    view: Tensor
+    face: Tensor
     x: Tensor
     y: Tensor
-    depth: Tensor
+    inverse_depth: Tensor
     doubled_area: Tensor
     first_row: Tensor
     last_row: Tensor
@@ -183,51 +188,56 @@ def _visible_triangles(points: Tensor, faces: Tensor, height: int, width: int, b
     usable &= (x + y + depth).isfinite().all(0)
     usable &= (doubled_area != 0) if back_faces else (doubled_area < 0)
     kept = usable.nonzero()[:, 0]
-    corners = (part.index_select(1, kept) for part in (x, y, depth))
-    return _Triangles(kept, *corners, *(_take(part, kept) for part in (doubled_area, first_row, last_row)))
+    view = torch.div(kept, len(faces), rounding_mode="floor")
+    x, y, depth = (part.index_select(1, kept) for part in (x, y, depth))
+    rest = (_take(part, kept) for part in (doubled_area, first_row, last_row))
+    return _Triangles(view, kept - view * len(faces), x, y, 1 / depth, *rest)
 
 
 def _cut_into_spans(triangles: _Triangles, width: int) -> _Spans:
-    """A span for each row of pixel centres in each triangle, between the crossings of its edges."""
-    x, y, device = triangles.x, triangles.y, triangles.x.device
-    rows = (triangles.last_row - triangles.first_row).long()
+    """A span for each row of pixel centres in each triangle: from the edge between its highest and its lowest corner
+    to the edge above, or below, the corner between."""
+    (ax, ay), (bx, by), (cx, cy) = _downwards(triangles)
+    device, rows = ax.device, (triangles.last_row - triangles.first_row).long()
     owner = torch.repeat_interleave(torch.arange(len(rows), device=device), rows)
     row = torch.arange(len(owner), device=device) + _take(triangles.first_row.long() - rows.cumsum(0) + rows, owner)
-    centre = row + 0.5
-    left, right = torch.full_like(centre, math.inf), torch.full_like(centre, -math.inf)
-    for start, end in ((0, 1), (1, 2), (2, 0)):
-        upside_down = y[start] > y[end]
-        ax, bx = torch.where(upside_down, x[end], x[start]), torch.where(upside_down, x[start], x[end])
-        ay, by = torch.where(upside_down, y[end], y[start]), torch.where(upside_down, y[start], y[end])
-        ax, ay, by, slope = (_take(part, owner) for part in (ax, ay, by, (bx - ax) / (by - ay)))
-        crossing = ax + (centre - ay) * slope
-        crossed = (centre >= ay) & (centre < by)
-        left = torch.where(crossed, torch.minimum(left, crossing), left)
-        right = torch.where(crossed, torch.maximum(right, crossing), right)
-    start = (left - 0.5).ceil().clamp(min=0)
-    count = ((right - 0.5).ceil().clamp(max=width) - start).clamp(min=0).long()
+    slopes = ((cx - ax) / (cy - ay), (bx - ax) / (by - ay), (cx - bx) / (cy - by))
+    ax, ay, bx, by, whole, upper, lower = (_take(part, owner) for part in (ax, ay, bx, by, *slopes))
+    # Each edge from its upper end, so that the triangles on both its sides find the same crossing.
+    below_a, below_b = row + 0.5 - ay, row + 0.5 - by
+    one, other = ax + below_a * whole, torch.where(below_b < 0, ax + below_a * upper, bx + below_b * lower)
+    start = (torch.minimum(one, other) - 0.5).ceil().clamp(min=0)
+    count = ((torch.maximum(one, other) - 0.5).ceil().clamp(max=width) - start).clamp(min=0).long()
     kept = (count > 0).nonzero()[:, 0]
     return _Spans(*(_take(part, kept) for part in (owner, row, start, count)))
 
 
-def _nearest_faces(
-    triangles: _Triangles, spans: _Spans, shape: tuple[int, int, int], faces: int
-) -> tuple[Tensor, Tensor]:
-    """The pixels (K,) that see a triangle, ascending, and the nearest face (K,) there."""
-    (views, height, width), x, y = shape, triangles.x, triangles.y
+def _downwards(triangles: _Triangles) -> list[tuple[Tensor, Tensor]]:
+    """(x, y) of the highest, the middle and the lowest corner on the screen, (T,) each."""
+    corners = list(zip(triangles.x, triangles.y))
+    for first, second in ((0, 1), (1, 2), (0, 1)):
+        (ax, ay), (bx, by) = corners[first], corners[second]
+        swapped = ay > by
+        corners[first] = torch.where(swapped, bx, ax), torch.where(swapped, by, ay)
+        corners[second] = torch.where(swapped, ax, bx), torch.where(swapped, ay, by)
+    return corners
+
+
+def _nearest_triangles(triangles: _Triangles, spans: _Spans, views: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """View, row and column (K,) of the pixels that see a triangle, in this order, and the nearest one (K,) there."""
+    x, y, inverse = triangles.x, triangles.y, triangles.inverse_depth
     # 1 / depth is linear on the screen (Blinn 1992): its value at a span's first pixel and its step to the next.
-    inverse = 1 / triangles.depth
     (ab, ac), rise = (x[1:] - x[0], y[1:] - y[0]), inverse[1:] - inverse[0]
     along_x = (rise[0] * ac[1] - rise[1] * ac[0]) / triangles.doubled_area
     along_y = (rise[1] * ab[0] - rise[0] * ab[1]) / triangles.doubled_area
     origin = inverse[0] - x[0] * along_x - y[0] * along_y
-    view = torch.div(triangles.index, faces, rounding_mode="floor")
-    along_x, along_y, origin, highest, face, view = (
-        _take(part, spans.owner)
-        for part in (along_x, along_y, origin, inverse.amax(0), triangles.index - view * faces, view)
+    along_x, along_y, origin, highest, view = (
+        _take(part, spans.owner) for part in (along_x, along_y, origin, inverse.amax(0), triangles.view)
     )
     at_start = origin + (spans.start + 0.5) * along_x + (spans.row + 0.5) * along_y
-    first_pixel = (view * height + spans.row) * width + spans.start.long()
+    # Of each picture only the part where something is.
+    top, left, height, width = _bounds(spans)
+    first_place = (view * height + spans.row - top) * width + spans.start.long() - left
 
     # One integer holds 1 / depth above and the triangle below: positive floats sort like their bits.
     total, device = int(spans.count.sum()), x.device
@@ -235,29 +245,37 @@ def _nearest_faces(
     step = torch.arange(total, device=device) - _take(spans.count.cumsum(0) - spans.count, span)
     nearness = _take(at_start, span) + step * _take(along_x, span)
     nearness = torch.minimum(nearness.nan_to_num(0).clamp(min=1e-12), _take(highest, span))  # slivers run away
-    key = (nearness.view(torch.int32).long() << 32) | _take(face, span)
+    key = (nearness.view(torch.int32).long() << 32) | _take(spans.owner, span)
     buffer = torch.full((views * height * width,), -1, device=device)
-    buffer.scatter_reduce_(0, _take(first_pixel, span) + step, key, "amax")
-    pixel = (buffer >= 0).nonzero()[:, 0]
-    return pixel, _take(buffer, pixel) & 0xFFFFFFFF
-
-
-def _surface(
-    points: Tensor, faces: Tensor, pixel: Tensor, face: Tensor, height: int, width: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Perspective-correct barycentrics (K, 3), depth (K,) and the triangle's area (K,) at each pixel's centre."""
-    row, column = torch.div(pixel, width, rounding_mode="floor"), pixel % width
+    buffer.scatter_reduce_(0, _take(first_place, span) + step, key, "amax")
+    place = (buffer >= 0).nonzero()[:, 0]
+    row = torch.div(place, width, rounding_mode="floor")
     view = torch.div(row, height, rounding_mode="floor")
-    corners = _take(points.flatten(0, 1), (_take(faces, face) + (view * points.shape[1])[:, None]).flatten())
-    corners = corners.view(-1, 9)
-    # Barycentric coordinates are areas against the pixel's centre; over depth, they are those of the surface.
-    x, y = ((corners[:, axis::3].T - (place + 0.5)) for axis, place in ((0, column), (1, row - view * height)))
-    areas = torch.stack([x[a] * y[b] - x[b] * y[a] for a, b in ((1, 2), (2, 0), (0, 1))])
-    doubled_area = areas.sum(0)
-    weights = (areas / doubled_area).clamp(0, 1) / corners[:, 2::3].T  # a centre on an edge may lie out by a rounding
-    barycentrics = weights / weights.sum(0)
-    depth = (barycentrics * corners[:, 2::3].T).sum(0)
-    return barycentrics.T.contiguous(), depth, doubled_area.abs() / 2
+    return view, row - view * height + top, place - row * width + left, _take(buffer, place) & 0xFFFFFFFF
+
+
+def _bounds(spans: _Spans) -> tuple[int, int, int, int]:
+    """First row, first column, height and width of what the spans cover; 0 where there are none."""
+    if not len(spans.row):
+        return 0, 0, 0, 0
+    top, left = int(spans.row.min()), int(spans.start.min())
+    return top, left, int(spans.row.max()) + 1 - top, int((spans.start + spans.count).max()) - left
+
+
+def _surface(triangles: _Triangles, triangle: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Perspective-correct barycentrics (K, 3) and depth (K,) of the triangles (K,) at the points x, y (K,)."""
+    (bx, cx), (by, cy) = triangles.x[1:] - triangles.x[0], triangles.y[1:] - triangles.y[0]
+    area = triangles.doubled_area
+    # Barycentric coordinates are linear on the screen; over depth, they are those of the surface.
+    parts = (triangles.x[0], triangles.y[0], cy / area, cx / area, by / area, bx / area, *triangles.inverse_depth)
+    ax, ay, cy, cx, by, bx, *inverse = (_take(part, triangle) for part in parts)
+    x, y = x - ax, y - ay
+    b, c = x * cy - y * cx, y * bx - x * by
+    weights = torch.stack([1 - b - c, b, c]).clamp_(0, 1)  # a centre on an edge may lie out by a rounding
+    for weight, part in zip(weights, inverse):
+        weight *= part
+    depth = 1 / weights.sum(0)
+    return (weights * depth).T, depth
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
@@ -283,9 +301,8 @@ def interpolate(fragments: Fragments, faces: Tensor, values: Tensor) -> Tensor:
 
 def _blend_corners(barycentrics: Tensor, corners: Tensor) -> Tensor:
     """barycentrics: (K, 3); corners: (K, 3 * C), the three corners' values side by side → (K, C)."""
-    a, b, c = corners.chunk(3, dim=-1)
-    weights = barycentrics[..., None]
-    return a * weights[:, 0] + b * weights[:, 1] + c * weights[:, 2]
+    (a, b, c), weights = corners.chunk(3, dim=-1), barycentrics[..., None]
+    return (a * weights[:, 0]).addcmul_(b, weights[:, 1]).addcmul_(c, weights[:, 2])
 
 
 def vertex_normals(vertices: Tensor, faces: Tensor) -> Tensor:
@@ -353,39 +370,45 @@ def studio_lights(cameras: Cameras) -> Lights:
 
 
 def sample_textures(textures: Tensor, uv: Tensor, texels_per_pixel: Tensor) -> Tensor:
-    """Bilinear, from textures halved until their texels are about as large as the pixel, so that none is skipped.
+    """Bilinear; a pixel wider than two texels takes the mean of samples a texel apart all over it, so that none is
+    skipped.
 
     textures: (B, 3, S, S); uv: (K, 2); texels_per_pixel: (K,) along a side → (B, 3, K).
     """
     grid = torch.stack([uv[:, 0] * 2 - 1, 1 - uv[:, 1] * 2], dim=-1)
-
-    def sample(points: Tensor) -> Tensor:
-        points = points[None, None].expand(len(textures), -1, -1, -1)
-        return F.grid_sample(textures, points, padding_mode="border", align_corners=False)[:, :, 0]
-
-    out, limit = sample(grid), 2.0  # bilinear looks at two texels a side
-    far = (texels_per_pixel >= limit).nonzero()[:, 0]
-    # A few slanting pixels are not worth a halving.
-    while len(far) * 50 > len(uv) and textures.shape[-1] > 8:
-        textures, limit = _halved(textures), 2 * limit
-        out[..., far] = sample(_take(grid, far))
-        far = far[_take(texels_per_pixel, far) >= limit]
+    out, samples = _sample_grid(textures, grid), 2
+    wide = (texels_per_pixel >= samples).nonzero()[:, 0]
+    # A few slanting pixels are not worth another round.
+    while len(wide) * 50 > len(uv) and samples <= MAX_SAMPLES:
+        steps = (torch.arange(samples, device=grid.device) - (samples - 1) / 2) * (2 / textures.shape[-1])
+        offsets = torch.cartesian_prod(steps, steps)
+        for part in wide.split(MAX_CANDIDATES // (4 * len(offsets))):
+            points = (_take(grid, part)[:, None] + offsets).flatten(0, 1)
+            out[..., part] = _sample_grid(textures, points).unflatten(-1, (len(part), -1)).mean(-1)
+        samples *= 2
+        wide = wide[_take(texels_per_pixel, wide) >= samples]
     return out
 
 
-def _halved(textures: Tensor) -> Tensor:
-    """(..., S, S) → (..., S // 2, S // 2), means of four; several times faster on the CPU than avg_pool2d."""
-    side = textures.shape[-1] // 2 * 2
-    rows = textures[..., 0:side:2, :] + textures[..., 1:side:2, :]
-    return (rows[..., 0:side:2] + rows[..., 1:side:2]) / 4
+def _sample_grid(textures: Tensor, grid: Tensor) -> Tensor:
+    """textures: (B, 3, S, S); grid: (K, 2) in [-1, 1] → (B, 3, K)."""
+    # The CPU samples the rows of a batch at once: one texture's points go into as many rows as it has threads.
+    rows = torch.get_num_threads() if len(textures) == 1 and grid.device.type == "cpu" else 1
+    batch, count, length = max(rows, len(textures)), len(grid), -(-len(grid) // rows)
+    grid = F.pad(grid, (0, 0, 0, rows * length - count)).view(rows, 1, length, 2)
+    sampled = F.grid_sample(
+        textures.expand(batch, -1, -1, -1), grid.expand(batch, -1, -1, -1), padding_mode="border", align_corners=False
+    )[:, :, 0]
+    return sampled if rows == 1 else sampled.transpose(0, 1).reshape(1, 3, -1)[..., :count]
 
 
 @functools.lru_cache(maxsize=4)
-def _uv_areas(body: Body) -> Tensor:
-    """(F,) area of each triangle on the unit UV square."""
-    a, b, c = body.uvs[body.uv_faces].unbind(1)
+def _uv_triangles(body: Body) -> tuple[Tensor, Tensor]:
+    """Texture coordinates of each triangle's corners, (F * 3, 2), and the square root of its area there, (F,)."""
+    corners = body.uvs[body.uv_faces]
+    a, b, c = corners.unbind(1)
     (abx, aby), (acx, acy) = (b - a).unbind(-1), (c - a).unbind(-1)
-    return (abx * acy - acx * aby).abs() / 2
+    return corners.flatten(0, 1), ((abx * acy - acx * aby).abs() / 2).sqrt()
 
 
 def shade(
@@ -402,19 +425,18 @@ def shade(
     views, height, width = fragments.shape
     if 1 < views != len(textures) > 1:
         raise ValueError(f"{len(textures)} textures for {views} views; give one, one a view, or a single view")
-    view = fragments.view
     # What a triangle's corners carry, side by side: texture coordinates and light, (N, F, 3, 5). Light is smooth
     # enough to be worked out at the vertices.
     light = lights.at(vertex_normals(vertices, body.faces)).index_select(-2, body.faces.flatten())
-    uvs = _take(body.uvs, body.uv_faces.flatten()).expand(len(light), -1, -1)
-    carried = torch.cat([uvs, light], dim=-1).view(-1, 15)
-    corner = fragments.face if len(light) == 1 else view * len(body.faces) + fragments.face
+    uvs, sides = _uv_triangles(body)
+    carried = torch.cat([uvs.expand(len(light), -1, -1), light], dim=-1).view(-1, 15)
+    corner = fragments.face if len(light) == 1 else fragments.view * len(body.faces) + fragments.face
     uv, light = _blend_corners(fragments.barycentrics, _take(carried, corner)).split([2, 3], dim=-1)
-    density = (_take(_uv_areas(body), fragments.face) / fragments.area.clamp(min=1e-6)).sqrt() * textures.shape[-1]
+    density = _take(sides, fragments.face) * fragments.area.clamp(min=1e-6).rsqrt() * textures.shape[-1]
     if views == 1 or len(textures) == 1:
         colours = sample_textures(textures, uv, density)
     else:
-        edges = torch.searchsorted(view, torch.arange(views + 1, device=view.device)).tolist()
+        edges = torch.searchsorted(fragments.view, torch.arange(views + 1, device=uv.device)).tolist()
         parts = [
             sample_textures(texture[None], uv[start:end], density[start:end])
             for texture, start, end in zip(textures, edges, edges[1:])
@@ -427,7 +449,7 @@ def shade(
     pixels, behind = math.prod(size), _full(background, *size)
     if supersample == 1:
         canvas = behind.expand(len(colours), *behind.shape[1:]).flatten(2).contiguous()
-        canvas[..., fragments.pixel] = colours
+        canvas.scatter_(2, fragments.pixel.expand_as(colours), colours)
     else:
         row, column = torch.div(fragments.pixel, width, rounding_mode="floor"), fragments.pixel % width
         row, column = (torch.div(part, supersample, rounding_mode="floor") for part in (row, column))

@@ -1,6 +1,7 @@
 """Stopping, dying and going on as if nothing had happened."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def test_a_signal_to_the_whole_group_saves_before_the_loaders_workers_end(config
     process = subprocess.Popen([sys.executable, PROJECT_ROOT / "joint.py", *arguments], start_new_session=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
     text = ""
-    while " 3/100000 " not in text and (character := process.stderr.read(1)):
+    while not re.search(r" ([3-9]|\d\d+)/100000 ", text[-200:]) and (character := process.stderr.read(1)):
         text += character
     os.killpg(process.pid, signal.SIGTERM)
     out, error = process.communicate(timeout=60)
