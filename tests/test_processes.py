@@ -1,6 +1,7 @@
 """Two processes on the CPU (gloo), started as users start them."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from conftest import command_line
 from safetensors.torch import load_file
 from test_training import scalars
 
+from atlas_dataset.building import TEXTURES_PER_SHARD, build_dataset
+from atlas_dataset.dataset import HuggingFaceATLAS
 from base_model import PROJECT_ROOT
 from errors import UserError
 from run import set_up
@@ -23,7 +26,7 @@ OPTIONS = (
 )  # fmt: skip
 
 
-def launch(*arguments: str) -> subprocess.CompletedProcess:
+def launch(*arguments: str | Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -45,6 +48,25 @@ def test_two_processes_equal_one(make_config, tmp_path):
     for name in ("loss/t2uv", "loss/i2uv", "loss/align", "loss/combined", "gradient_norm", "val/t2uv", "val/i2uv"):
         assert first[name] and first[name] == pytest.approx(second[name], rel=1e-5), name
     assert len(list(Path(tmp_path / "cache2" / "encoded").glob("posterior-*/*.safetensors"))) == 1
+
+
+def test_two_builders_write_the_rows_of_one(tmp_path, mesh, textures):
+    (tmp_path / "many").mkdir()
+    for index in range(TEXTURES_PER_SHARD + 2):
+        shutil.copy(textures / f"{index % 4}.png", tmp_path / "many" / f"{index:02}.png")
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a man {index}" for index in range(TEXTURES_PER_SHARD + 2)))
+    source = HuggingFaceATLAS(str(tmp_path / "many"), tmp_path / "prompts.txt")
+    build_dataset(source, f"obj:{mesh}", 1, tmp_path / "one", 32, 24)
+    result = launch(
+        "-m", "atlas_dataset.build_atlas_large", "--textures", tmp_path / "many", "--prompts", tmp_path / "prompts.txt",
+        "--body", f"obj:{mesh}", "--views", "1", "--height", "32", "--width", "24", "--out", tmp_path / "two",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("34 textures and 34 renders") == 1 and "others are at work" in result.stdout
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
+    assert len(files) == 2 + 2 + 3
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
 
 
 def test_rows_are_shared_among_processes(make_config, monkeypatch):
