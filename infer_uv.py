@@ -20,6 +20,7 @@ from errors import UserError, exit_on_user_error
 from files import check_writable, write_whole
 from generation import ROWS_AT_ONCE, condition, finish_texture, generate
 from images import encode_image, open_image, texture_pixels
+from processes import keep_freed_memory
 from render.turntable import save_turntable, turntable_frames
 from render.utils import load_body
 
@@ -93,6 +94,7 @@ def main():
     with exit_on_user_error():
         args, overrides = parse_args()
         check(args)
+        keep_freed_memory()
         image = open_image(args.image) if args.image else None
         trained, origin = load_model(args, overrides)
         paths = output_paths(args)

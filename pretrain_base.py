@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from atlas_dataset import procedural
+from atlas_dataset.building import prepare_renderer
 from atlas_dataset.views import render_texture
 from base_model import load_base
 from configuration import Render
@@ -114,9 +115,7 @@ def load_renders(work: Path, name: str, scene, count: int, seed: int) -> tuple[n
         shape = (count, *scene(seed, 0)[0].shape)
         array = np.lib.format.open_memmap(pictures, "r+" if done else "w+", np.uint8, shape)
         with (
-            ProcessPoolExecutor(
-                initializer=torch.set_num_threads, initargs=(1,), mp_context=get_context("spawn")
-            ) as pool,
+            ProcessPoolExecutor(initializer=prepare_renderer, mp_context=get_context("spawn")) as pool,
             captions.open("a") as lines,
         ):
             scenes = pool.map(partial(scene, seed), range(done, count), chunksize=32)

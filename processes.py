@@ -1,4 +1,5 @@
-"""The processes of one run, as `accelerate launch` starts them; alone, everything here does nothing.
+"""The processes of one run, as `accelerate launch` starts them, and their memory. Alone, what is about several does
+nothing.
 
 Each process takes its share of the rows. Gradients are averaged once an optimiser step, so that every process holds
 the same weights; the main process alone writes and prints.
@@ -36,8 +37,9 @@ def join(device: torch.device) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Has the C library keep large pieces of memory that were freed. Given back to the system, as glibc does by itself,
-    each page of them costs a fault when a like piece is wanted again: a fifth of the time of a rendered frame."""
+    """Has the C library keep up to 1 GiB of memory that was freed, in pieces of up to 32 MiB, its limit. Given back to
+    the system, as glibc does by itself, each page of them costs a fault when a like piece is wanted again: a fifth of
+    the time of a rendered frame."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
         if mallopt:

@@ -138,7 +138,7 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
     device = processes.join(pick_device(settings.device))
     precision = resolve_precision(settings.mixed_precision, device)
     base = load_configured_base(cfg.model, device, frozen_dtype(precision, device))
-    aligner, groups = add_trained(cfg, task, base)
+    aligner, groups = _add_trained(cfg, task, base)
     parameters = [parameter for group in groups for parameter in group["params"]]
     null_states = None
     if not cfg.model.lora.text_encoder_r:
@@ -172,7 +172,7 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
     )  # fmt: skip
 
 
-def add_trained(cfg: Config, task: str, base: BaseModel) -> tuple[torch.nn.Module | None, list[dict]]:
+def _add_trained(cfg: Config, task: str, base: BaseModel) -> tuple[torch.nn.Module | None, list[dict]]:
     """Puts LoRA on the frozen base and makes the aligner, in float32, from the seed → the aligner (None without
     pictures) and the optimiser's groups of parameters."""
     schedule = getattr(cfg.training, task)

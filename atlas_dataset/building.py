@@ -70,7 +70,7 @@ configs:
 | `azimuth`, `elevation`, `fov_degrees` | of the camera, in degrees; azimuth 0 sees the front |
 | `fill`, `bottom` | share of the picture's height that is body; share of the body below the picture's edge |
 | `ambient`, `lights` | colours; each light is azimuth and elevation as seen from the camera, red, green, blue |
-| `background` | plain, gradient, noise or pictures |
+| `background` | plain, gradient, noise, pictures or white |
 | `pose`, `shape`, `gender` | of the body; empty for a mesh that cannot be posed |
 | `licence` | of the texture, and so of its renders: {licence} |
 
@@ -177,18 +177,19 @@ def _files(out: Path, shard: int) -> tuple[Path, Path, Path]:
 def _renderers(workers: int) -> Iterator[ProcessPoolExecutor | None]:
     """Processes of one thread each: as fast as the cores, and each picture's bytes depend on nothing around it."""
     if workers:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare_renderer) as pool:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=prepare_renderer) as pool:
             yield pool
         return
     threads = torch.get_num_threads()
-    _prepare_renderer()
+    prepare_renderer()
     try:
         yield None
     finally:
         torch.set_num_threads(threads)
 
 
-def _prepare_renderer() -> None:
+def prepare_renderer() -> None:
+    """One thread a process, which keeps the memory of a frame for the next."""
     torch.set_num_threads(1)
     keep_freed_memory()
 
@@ -327,6 +328,7 @@ def _check_same_settings(file: Path, info: dict) -> dict:
     """What `file` holds. Raises UserError when that data set was built with other settings than info."""
     try:
         earlier = json.loads(file.read_text())
+        earlier["render"] = Render(**earlier["render"]).model_dump()  # keys that came later have their defaults
         changed = [key for key in info if earlier[key] != info[key]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {file} ({reason(error)}); choose another --out or delete that folder") from None

@@ -20,24 +20,35 @@ from pathlib import Path
 COPIES, VIEWS = 6, 2
 
 
-def run(command: list[str], kill_after: float | None = None, **environment: str) -> bool:
-    """Whether the command came to its end; after kill_after seconds it and its workers are killed."""
+def run(command: list[str], kill_after: float | None = None, **environment: str) -> float | None:
+    """Seconds from the first file it wrote to its end; None when it was killed, with its workers, kill_after seconds
+    after that first file. The last word of command is its output folder."""
+    environment, started = {**os.environ, **environment}, time.time()
     process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        env={**os.environ, **environment},
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, env=environment
     )
+    while process.poll() is None and not is_writing(Path(command[-1]), started):
+        time.sleep(0.01)
+    began = time.perf_counter()
     try:
         _, error = process.communicate(timeout=kill_after)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        return False
+        return None
     if process.returncode:
         raise SystemExit(error.decode())
-    return True
+    return time.perf_counter() - began
+
+
+def is_writing(out: Path, since: float) -> bool:
+    for path in out.rglob(".shard-*.partial"):
+        try:
+            if path.stat().st_mtime >= since:
+                return True
+        except FileNotFoundError:  # finished while we looked
+            return True
+    return False
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -72,24 +83,24 @@ def main():
         command = [sys.executable, str(starter), "--textures", str(textures), "--prompts",
                    str(textures / "prompts.txt"), "--body", f"obj:{args.folder / 'smpl_uv.obj'}",
                    "--views", str(VIEWS), "--height", "512", "--width", "384", "--workers", "1", "--out"]  # fmt: skip
-        began = time.perf_counter()
-        run([*command, f"{work}/whole"])
-        took = time.perf_counter() - began
-        print(f"undisturbed: {took:.0f} s")
-        kills, shards = 0, []
+        took = run([*command, f"{work}/whole"])
+        print(f"undisturbed: {took:.0f} s of rendering")
+        kills, shards, last = 0, [], -(-len(pictures) * COPIES // 4)
         while kills < args.kills:
-            if not run([*command, f"{work}/killed"], kill_after=moments.uniform(0.3, 0.55) * took):
-                kills += 1
-            shards.append(len(list(Path(work, "killed").glob("renders/shard-*.parquet"))))
-            if shards[-1] == -(-len(pictures) * COPIES // 4) and kills < args.kills:
-                Path(work, "killed", f"renders/shard-{moments.randrange(shards[-1]):05d}.parquet").unlink()
+            kills += run([*command, f"{work}/killed"], kill_after=moments.uniform(0, took / 2)) is None
+            done = sorted(Path(work, "killed").glob("renders/shard-*.parquet"))
+            shards.append(len(done))
+            if len(done) == last and kills < args.kills:
+                for path in moments.sample(done, last // 2):  # it came to its end early: half of them again
+                    path.unlink()
         run([*command, f"{work}/killed"])
-        print(f"killed {kills} times, with {shards} shards finished")
+        print(f"killed {kills} times, with {shards} shards of {last} finished")
         for rank in ("1", "0"):
             run([*command, f"{work}/two"], RANK=rank, WORLD_SIZE="2")
         whole = contents(Path(work) / "whole")
         result = {
-            "kills": kills, "files": len(whole), "identical_after_kills": contents(Path(work) / "killed") == whole,
+            "kills": kills, "between_shards": sum(0 < count < last for count in shards),
+            "files": len(whole), "identical_after_kills": contents(Path(work) / "killed") == whole,
             "identical_for_two_processes": contents(Path(work) / "two") == whole,
         }  # fmt: skip
     print(json.dumps(result))

@@ -18,7 +18,8 @@ from render.rigs import load_body  # noqa: F401  offered here
 
 NEAR = 0.05  # metres; triangles that reach nearer than this to the camera are not drawn
 MAX_CANDIDATES = 30_000_000  # (triangle, pixel) pairs tested at once, about 1 GB
-MAX_SAMPLES = 32  # of a texture along a pixel's side
+SAMPLES_A_SIDE = (2, 4, 6, 8, 12, 16, 24, 32)  # of a texture, in a pixel; even, so that fine checks average out
+MAX_SAMPLED = 5_000_000  # samples of all textures at once
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ def _nearest_triangles(triangles: _Triangles, spans: _Spans, views: int) -> tupl
         _take(part, spans.owner) for part in (along_x, along_y, origin, inverse.amax(0), triangles.view)
     )
     at_start = origin + (spans.start + 0.5) * along_x + (spans.row + 0.5) * along_y
-    # Of each picture only the part where something is.
+    # Only the part of the pictures where something is, in any of them.
     top, left, height, width = _bounds(spans)
     first_place = (view * height + spans.row - top) * width + spans.start.long() - left
 
@@ -258,24 +259,24 @@ def _bounds(spans: _Spans) -> tuple[int, int, int, int]:
     """First row, first column, height and width of what the spans cover; 0 where there are none."""
     if not len(spans.row):
         return 0, 0, 0, 0
-    top, left = int(spans.row.min()), int(spans.start.min())
-    return top, left, int(spans.row.max()) + 1 - top, int((spans.start + spans.count).max()) - left
+    ends = spans.row.min(), spans.start.min(), spans.row.max() + 1, (spans.start + spans.count).max()
+    top, left, bottom, right = torch.stack([end.long() for end in ends]).tolist()
+    return top, left, bottom - top, right - left
 
 
 def _surface(triangles: _Triangles, triangle: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Perspective-correct barycentrics (K, 3) and depth (K,) of the triangles (K,) at the points x, y (K,)."""
     (bx, cx), (by, cy) = triangles.x[1:] - triangles.x[0], triangles.y[1:] - triangles.y[0]
-    area = triangles.doubled_area
     # Barycentric coordinates are linear on the screen; over depth, they are those of the surface.
-    parts = (triangles.x[0], triangles.y[0], cy / area, cx / area, by / area, bx / area, *triangles.inverse_depth)
-    ax, ay, cy, cx, by, bx, *inverse = (_take(part, triangle) for part in parts)
+    slopes = (part / triangles.doubled_area for part in (cy, cx, by, bx))
+    parts = (triangles.x[0], triangles.y[0], *slopes, *triangles.inverse_depth)
+    ax, ay, b_along_x, b_along_y, c_along_x, c_along_y, *inverse_depth = (_take(part, triangle) for part in parts)
     x, y = x - ax, y - ay
-    b, c = x * cy - y * cx, y * bx - x * by
-    weights = torch.stack([1 - b - c, b, c]).clamp_(0, 1)  # a centre on an edge may lie out by a rounding
-    for weight, part in zip(weights, inverse):
-        weight *= part
-    depth = 1 / weights.sum(0)
-    return (weights * depth).T, depth
+    b, c = x * b_along_x - y * b_along_y, y * c_along_y - x * c_along_x
+    weights = torch.stack([1 - b - c, b, c]).clamp(0, 1)  # a centre on an edge may lie out by a rounding
+    total, weights = weights.sum(0), weights * torch.stack(inverse_depth)
+    over_depth = weights.sum(0)
+    return (weights / over_depth).T, total / over_depth
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
@@ -370,23 +371,24 @@ def studio_lights(cameras: Cameras) -> Lights:
 
 
 def sample_textures(textures: Tensor, uv: Tensor, texels_per_pixel: Tensor) -> Tensor:
-    """Bilinear; a pixel wider than two texels takes the mean of samples a texel apart all over it, so that none is
-    skipped.
+    """Bilinear; a pixel wider than two texels takes the mean of samples a texel apart over all its width, so that none
+    is skipped (wider than the last of SAMPLES_A_SIDE, over its middle).
 
     textures: (B, 3, S, S); uv: (K, 2); texels_per_pixel: (K,) along a side → (B, 3, K).
     """
     grid = torch.stack([uv[:, 0] * 2 - 1, 1 - uv[:, 1] * 2], dim=-1)
-    out, samples = _sample_grid(textures, grid), 2
-    wide = (texels_per_pixel >= samples).nonzero()[:, 0]
-    # A few slanting pixels are not worth another round.
-    while len(wide) * 50 > len(uv) and samples <= MAX_SAMPLES:
+    out, wide = _sample_grid(textures, grid), (texels_per_pixel >= 2).nonzero()[:, 0]
+    few = len(uv) // 50  # slanting pixels that are not worth a round of their own
+    for samples in SAMPLES_A_SIDE:
+        if len(wide) <= few:
+            break
+        is_wider = _take(texels_per_pixel, wide) >= samples + 1  # so many texels do the samples touch
+        these, wide = (wide[~is_wider], wide[is_wider]) if is_wider.sum() > few else (wide, wide[:0])
         steps = (torch.arange(samples, device=grid.device) - (samples - 1) / 2) * (2 / textures.shape[-1])
         offsets = torch.cartesian_prod(steps, steps)
-        for part in wide.split(MAX_CANDIDATES // (4 * len(offsets))):
+        for part in these.split(max(1, MAX_SAMPLED // (len(offsets) * len(textures)))):
             points = (_take(grid, part)[:, None] + offsets).flatten(0, 1)
-            out[..., part] = _sample_grid(textures, points).unflatten(-1, (len(part), -1)).mean(-1)
-        samples *= 2
-        wide = wide[_take(texels_per_pixel, wide) >= samples]
+            out[..., part] = _sample_grid(textures, points).unflatten(-1, (len(part), len(offsets))).mean(-1)
     return out
 
 
@@ -448,7 +450,7 @@ def shade(
     size = (views, height // supersample, width // supersample)
     pixels, behind = math.prod(size), _full(background, *size)
     if supersample == 1:
-        canvas = behind.expand(len(colours), *behind.shape[1:]).flatten(2).contiguous()
+        canvas = behind.expand(len(colours), *behind.shape[1:]).flatten(2).clone(memory_format=torch.contiguous_format)
         canvas.scatter_(2, fragments.pixel.expand_as(colours), colours)
     else:
         row, column = torch.div(fragments.pixel, width, rounding_mode="floor"), fragments.pixel % width

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import command_line
 from safetensors.torch import load_file
 from test_training import scalars
@@ -27,8 +28,10 @@ OPTIONS = (
 
 
 def launch(*arguments: str | Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    """accelerate launch, which starts two processes on the CPU too when it is told of many GPUs (--cpu starts one)."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *arguments]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -38,12 +41,14 @@ def test_two_processes_equal_one(make_config, tmp_path):
                       f"data.cache_dir={tmp_path / 'cache2'}")  # fmt: skip
     result = launch("joint.py", *command_line(cfg))
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("checkpoint: ") == 1, "one of them prints"
+    assert "2 processes" in result.stdout and result.stdout.count("checkpoint: ") == 1, "one of them prints"
     halves = tmp_path / "two" / "joint" / whole.name
     assert sorted(path.name for path in halves.parent.iterdir()) == ["step-000002", "step-000004"]
     for name in ("pytorch_lora_weights.safetensors", "aligner.safetensors"):
         one, two = load_file(whole / name), load_file(halves / name)
-        assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-5
+        apart = torch.cat([(one[key] - two[key]).abs().flatten() for key in one])
+        # Adam divides a gradient by its own size: where that is rounding and nothing else, it makes a step of it.
+        assert (apart > 1e-5).float().mean() < 2e-4 and apart.max() < 1e-4
     first, second = scalars(tmp_path / "logs"), scalars(tmp_path / "logs2")
     for name in ("loss/t2uv", "loss/i2uv", "loss/align", "loss/combined", "gradient_norm", "val/t2uv", "val/i2uv"):
         assert first[name] and first[name] == pytest.approx(second[name], rel=1e-5), name

@@ -21,6 +21,7 @@ from render.utils import (
     rasterize,
     rasterize_uv,
     render_views,
+    sample_textures,
     uv_mask,
     vertex_normals,
 )
@@ -346,3 +347,41 @@ def test_open_image_turns_converts_and_refuses(tmp_path, monkeypatch):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     with pytest.raises(UserError, match=r"broken\.png"):
         open_image(tmp_path / "broken.png")
+
+
+@pytest.mark.parametrize("texels", [3.0, 5.5, 7.9, 15.0])
+def test_a_wide_pixel_is_the_mean_of_all_its_texels(texels):
+    size, generator = 256, torch.Generator().manual_seed(0)
+    row = (torch.rand(size // 4, generator=generator) > 0.5).float().repeat_interleave(4)  # bars of 4 texels and more
+    textures, centre = row.expand(1, 3, size, size), torch.rand(400, generator=generator) * 200 + 28
+    uv = torch.stack([centre / size, torch.full_like(centre, 0.5)], dim=-1)
+    found = sample_textures(textures, uv, torch.full_like(centre, texels))[0, 0]
+    area = torch.cat([torch.zeros(1), row.cumsum(0)])  # what lies left of each texel's edge
+
+    def up_to(x):
+        return torch.lerp(area[x.long()], area[x.long() + 1], x % 1)
+
+    mean = (up_to(centre + texels / 2) - up_to(centre - texels / 2)) / texels
+    assert (found - mean).abs().max() < 0.25 and (found - mean).abs().mean() < 0.08
+
+
+def test_one_texture_is_sampled_alike_by_any_number_of_threads_and_parts(monkeypatch):
+    textures, uv = torch.rand(1, 3, 32, 32), torch.rand(101, 2)
+    density = torch.full((101,), 5.0)
+    several = sample_textures(textures, uv, density)
+    monkeypatch.setattr("render.utils.torch.get_num_threads", lambda: 1)
+    monkeypatch.setattr("render.utils.MAX_SAMPLED", 50)
+    assert torch.allclose(sample_textures(textures, uv, density), several, atol=1e-6)
+    monkeypatch.setattr("render.utils.torch.get_num_threads", lambda: 3)
+    assert torch.allclose(sample_textures(textures, uv, density), several, atol=1e-6)
+
+
+def test_a_body_out_of_sight_leaves_the_background_as_it_was(mesh):
+    body = load_body(f"obj:{mesh}")
+    away = look_at(torch.tensor([[0.0, 1.0, 9.0]]), torch.tensor([[0.0, 1.0, 20.0]]), torch.tensor([30.0]))
+    background = torch.rand(1, 3, 16, 12)
+    assert torch.equal(render_views(body, torch.zeros(1, 3, 8, 8), away, 16, 12, background=background), background)
+    near = orbit_cameras(body, torch.zeros(1), torch.zeros(1), torch.tensor([30.0]))
+    kept = background.clone()
+    render_views(body, torch.zeros(1, 3, 8, 8), near, 16, 12, background=background, supersample=1)
+    assert torch.equal(background, kept)
