@@ -87,7 +87,7 @@ def main():
         print(f"undisturbed: {took:.0f} s of rendering")
         kills, shards, last = 0, [], -(-len(pictures) * COPIES // 4)
         while kills < args.kills:
-            kills += run([*command, f"{work}/killed"], kill_after=moments.uniform(0, took / 2)) is None
+            kills += run([*command, f"{work}/killed"], kill_after=moments.uniform(took / 4, took)) is None
             done = sorted(Path(work, "killed").glob("renders/shard-*.parquet"))
             shards.append(len(done))
             if len(done) == last and kills < args.kills:
