@@ -4,8 +4,7 @@ python -m atlas_dataset.build_atlas_large --textures DIR --prompts FILE --body o
 
 What the renders show is data.render of the configuration: --data.render.full_body=1 shows the whole body each time,
 --data.render.poses=AMASS_DIR poses an SMPL body. Several GPUs or machines: accelerate launch --multi_gpu
---num_processes 8 -m
-atlas_dataset.build_atlas_large ... with the same arguments.
+--num_processes 8 -m atlas_dataset.build_atlas_large ... with the same arguments.
 """
 
 import argparse
