@@ -38,7 +38,6 @@ from transformers import (
 
 from atlas_dataset import procedural
 from atlas_dataset.building import prepare_renderer
-from atlas_dataset.grammar import sample_outfit
 from atlas_dataset.views import render_texture
 from base_model import load_base
 from configuration import Render
@@ -49,7 +48,6 @@ from render.utils import fill_outside, look_at, orbit_cameras, render_views, stu
 
 RESOLUTION = 256  # pixels; latents are 32 x 32
 CLIP_RESOLUTION = 128
-LAYOUTS = 8  # other ways to unwrap the body; Anny's own is left to the joint training
 VIEWS = 4  # of an outfit, for the image encoder
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PHENOTYPES = {  # Anny's axes: gender 0 male to 1 female; age 1/3 child, 2/3 adult, 1 old
@@ -60,18 +58,10 @@ PHENOTYPES = {  # Anny's axes: gender 0 male to 1 female; age 1/3 child, 2/3 adu
 
 
 def render_scene(seed: int, index: int) -> tuple[np.ndarray, str]:
-    """Picture `index` → (3, 256, 256) uint8 and its caption; the same for the same (seed, index).
-
-    Every second one is a render; the others are textures in LAYOUTS layouts that are not Anny's own.
-    """
+    """Render `index` → (3, 256, 256) uint8 and its caption; the same for the same (seed, index)."""
     rng = np.random.default_rng([seed, index])
-    outfit = sample_outfit(rng)
-    caption = outfit.prompt if rng.uniform() < 0.5 else outfit.sentence(rng)
-    if index % 2:
-        texture = procedural.paint(outfit, index, RESOLUTION, layout=int(rng.integers(LAYOUTS))).texture
-        picture = fill_outside(texture[:3], texture[3] > 0)
-        return (picture * 255).round().to(torch.uint8).numpy(), caption
-    texture = procedural.paint(outfit, index, RESOLUTION).texture
+    outfit = procedural.sample_outfit(rng)
+    texture = procedural.paint_texture(outfit, index, RESOLUTION)
     texture = fill_outside(texture[:3], texture[3] > 0)
     body = load_anny_body(**PHENOTYPES[outfit.person], weight=float(rng.choice([0.3, 0.5, 0.7])))
 
@@ -91,6 +81,7 @@ def render_scene(seed: int, index: int) -> tuple[np.ndarray, str]:
         )
     bars = (RESOLUTION - width) // 2  # portraits are padded to a square with black, as at inference
     picture = F.pad(picture[0], (bars, bars)) * 255
+    caption = outfit.prompt if rng.uniform() < 0.5 else outfit.sentence(rng)
     return picture.round().to(torch.uint8).numpy(), caption
 
 
@@ -101,8 +92,8 @@ def render_outfit(seed: int, index: int) -> tuple[np.ndarray, str]:
     Every second outfit is recoloured beyond the grammar's colours and has no caption: two views of it still match.
     """
     rng = np.random.default_rng([seed, index, 1])
-    outfit = sample_outfit(rng)
-    texture = procedural.paint(outfit, index, RESOLUTION).texture
+    outfit = procedural.sample_outfit(rng)
+    texture = procedural.paint_texture(outfit, index, RESOLUTION)
     texture = fill_outside(texture[:3], texture[3] > 0)
     caption = outfit.prompt if rng.uniform() < 0.5 else outfit.sentence(rng)
     if index % 2:
@@ -185,7 +176,7 @@ def train_stage(
 def train_tokenizer(out: Path, vocab_size: int = 1024):
     """CLIP's tokenizer (lower case, byte-level BPE, '</w>' at a word's end) on the grammar's own sentences."""
     rng = np.random.default_rng(0)
-    outfits = [sample_outfit(rng) for _ in range(4000)]
+    outfits = [procedural.sample_outfit(rng) for _ in range(4000)]
     corpus = [text.lower() for outfit in outfits for text in (outfit.prompt, outfit.sentence(rng))]
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])

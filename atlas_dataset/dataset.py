@@ -11,8 +11,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from atlas_dataset.grammar import sample_outfit
-from atlas_dataset.procedural import PAINTER, paint
+from atlas_dataset.procedural import paint_texture, sample_outfit
 from atlas_dataset.views import render_texture
 from configuration import Render
 from errors import UserError, reason
@@ -128,14 +127,14 @@ class ProceduralTextures(Dataset):
         self.count = min(self.count, count or self.count)
 
     def fingerprint(self) -> str:
-        return fingerprint(self.count, self.size, self.seed, self.held_out, PAINTER)
+        return fingerprint(self.count, self.size, self.seed, self.held_out)
 
     def name(self, index: int) -> str:
         return f"procedural texture {index}"
 
     def __getitem__(self, index: int) -> tuple[bytes, str]:
         outfit = sample_outfit(np.random.default_rng([self.seed, index, self.held_out]), self.held_out)
-        texture = paint(outfit, self.seed * 1_000_003 + index, self.size).texture
+        texture = paint_texture(outfit, self.seed * 1_000_003 + index, self.size)
         return encode_image(image_from_pixels(texture * 2 - 1), format="PNG"), outfit.prompt
 
 
