@@ -48,7 +48,7 @@ def test_two_processes_equal_one(make_config, tmp_path):
         one, two = load_file(whole / name), load_file(halves / name)
         apart = torch.cat([(one[key] - two[key]).abs().flatten() for key in one])
         # Adam divides a gradient by its own size: where that is rounding and nothing else, it makes a step of it.
-        assert (apart > 1e-5).float().mean() < 2e-4 and apart.max() < 1e-4
+        assert (apart > 1e-5).float().mean() < 1e-3 and apart.max() < 4e-4  # four steps of the learning rate
     first, second = scalars(tmp_path / "logs"), scalars(tmp_path / "logs2")
     for name in ("loss/t2uv", "loss/i2uv", "loss/align", "loss/combined", "gradient_norm", "val/t2uv", "val/i2uv"):
         assert first[name] and first[name] == pytest.approx(second[name], rel=1e-5), name
