@@ -42,6 +42,7 @@ def run(command: list[str], kill_after: float | None = None, **environment: str)
 
 
 def is_writing(out: Path, since: float) -> bool:
+    """Whether a shard was begun in out since that time; what earlier kills left does not count."""
     for path in out.rglob(".shard-*.partial"):
         try:
             if path.stat().st_mtime >= since:

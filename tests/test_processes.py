@@ -35,7 +35,17 @@ def launch(*arguments: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_two_processes_equal_one(make_config, tmp_path):
+@pytest.fixture()
+def one_thread():
+    """As `launch` has it: sums in another order round differently, and where a gradient is rounding and nothing else,
+    Adam, which divides it by its own size, makes a step of it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_two_processes_equal_one(make_config, tmp_path, one_thread):
     whole = train(make_config(*OPTIONS), "joint")
     cfg = make_config(*OPTIONS, f"output.out_dir={tmp_path / 'two'}", f"output.log_dir={tmp_path / 'logs2'}",
                       f"data.cache_dir={tmp_path / 'cache2'}")  # fmt: skip
@@ -46,9 +56,7 @@ def test_two_processes_equal_one(make_config, tmp_path):
     assert sorted(path.name for path in halves.parent.iterdir()) == ["step-000002", "step-000004"]
     for name in ("pytorch_lora_weights.safetensors", "aligner.safetensors"):
         one, two = load_file(whole / name), load_file(halves / name)
-        apart = torch.cat([(one[key] - two[key]).abs().flatten() for key in one])
-        # Adam divides a gradient by its own size: where that is rounding and nothing else, it makes a step of it.
-        assert (apart > 1e-5).float().mean() < 1e-3 and apart.max() < 4e-4  # four steps of the learning rate
+        assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-5
     first, second = scalars(tmp_path / "logs"), scalars(tmp_path / "logs2")
     for name in ("loss/t2uv", "loss/i2uv", "loss/align", "loss/combined", "gradient_norm", "val/t2uv", "val/i2uv"):
         assert first[name] and first[name] == pytest.approx(second[name], rel=1e-5), name
