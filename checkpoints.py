@@ -12,15 +12,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from base_model import BaseModel, load_configured_base, pick_device
+from base_model import PROJECT_ROOT, BaseModel, load_configured_base, pick_device
 from conditioning import make_aligner
-from configuration import Config, load_config, save_config
+from configuration import Config, Output, load_config, save_config
 from diffusion import frozen_dtype, resolve_precision
 from errors import UserError, reason
 from lora_utils import LORA_FILE, all_finite, load_lora, lora_parameters, save_lora
 
 CONFIG_FILE, ALIGNER_FILE, STATE_FILE = "config.yaml", "aligner.safetensors", "training_state.json"
 RESUME_FILE = "training_state.pt"
+EMBEDDED_CHECKPOINT = PROJECT_ROOT / "embedded_checkpoint"  # joint training on the embedded base, made by joint.py
 
 
 def save_checkpoint(
@@ -40,9 +41,10 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        save_lora(base, partial)
+        dtype = torch.float16 if cfg.output.half_precision else torch.float32
+        save_lora(base, partial, dtype)
         if aligner is not None:
-            weights = {key: value.detach().cpu().contiguous() for key, value in aligner.state_dict().items()}
+            weights = {key: value.detach().cpu().to(dtype).contiguous() for key, value in aligner.state_dict().items()}
             metadata = {key: str(value) for key, value in cfg.model.aligner.model_dump().items()}
             safetensors.torch.save_file(weights, partial / ALIGNER_FILE, metadata)
         if state is not None:
@@ -109,8 +111,14 @@ def load_state(folder: Path, cfg: Config, task: str) -> dict:
 
 
 def newest_checkpoint(out_dir: str | Path) -> Path:
-    """The checkpoint under out_dir that was written last. Raises UserError when there is none."""
+    """The checkpoint under out_dir that was written last; where nobody has trained yet, the embedded one.
+
+    Raises UserError when there is none.
+    """
     found = [path.parent for path in Path(out_dir).glob(f"*/*/{STATE_FILE}") if not path.parent.name.startswith(".")]
+    if not found and Path(out_dir) == Path(Output().out_dir) and (EMBEDDED_CHECKPOINT / LORA_FILE).exists():
+        print(f"no checkpoint under {out_dir} yet: using {EMBEDDED_CHECKPOINT.name}", file=sys.stderr)
+        return EMBEDDED_CHECKPOINT
     if not found:
         raise UserError(f"no checkpoint under {out_dir}; train one with 'python joint.py' or give --checkpoint DIR")
     return max(found, key=lambda path: (path / STATE_FILE).stat().st_mtime)

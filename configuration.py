@@ -201,6 +201,7 @@ class Output(Section):
     log_dir: str = "logs"
     log_every: Positive = 10  # steps
     save_every: Positive = 500
+    half_precision: bool = False  # checkpoints hold LoRA and aligner in float16; resuming stays exact
     keep_last: Positive | None = None  # checkpoints of a run; null: all
     sample_every: Positive = 500
     validate_every: Positive = 100

@@ -47,10 +47,10 @@ def lora_parameters(module) -> list[torch.nn.Parameter]:
     return [parameter for name, parameter in module.named_parameters() if "lora_" in name]
 
 
-def save_lora(base, folder: Path) -> None:
+def save_lora(base, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Writes diffusers' LoRA file, with rank and alpha in its metadata, for `load_lora_weights` anywhere.
 
-    It holds the UNet's LoRA, and the text encoder's where there is one. The keys are PEFT's: diffusers' own older
+    dtype: of the file. It holds the UNet's LoRA, and the text encoder's where there is one. The keys are PEFT's: diffusers' own older
     names cover attention alone, and a file that mixes both loads half.
     """
     layers, metadata = {}, {}
@@ -59,7 +59,7 @@ def save_lora(base, folder: Path) -> None:
         if lora_parameters(module):
             config = module.peft_config["default"].to_dict()
             state = get_peft_model_state_dict(module, adapter_name="default")
-            layers[f"{name}_lora_layers"] = {key: value.contiguous() for key, value in state.items()}
+            layers[f"{name}_lora_layers"] = {key: value.to(dtype).contiguous() for key, value in state.items()}
             metadata[f"{name}_lora_adapter_metadata"] = {
                 key: value for key, value in config.items() if value is not None
             }

@@ -2,11 +2,11 @@
 
     python pretrain_base.py --out embedded_base          # about an hour on 2 cores; continues where it stopped
 
-Five stages, each on captioned renders of procedurally dressed bodies and on patchworks of fabric; no picture
-shows a UV texture, so making those is left to the joint training:
-1. tokenizer (byte-level BPE);  2. text and image encoder, contrastively (CLIP, Radford et al. 2021);
-3. the image encoder alone, contrastively on two views of one outfit (SLIP, Mu et al. 2022);
-4. autoencoder;  5. UNet (v-prediction, zero terminal SNR: Lin et al. 2024).
+Four stages, each on captioned renders of procedurally dressed bodies, on their textures in other UV layouts and on
+patchworks of fabric; no picture shows a texture in Anny's own layout, so making those is left to the joint training:
+1. tokenizer (byte-level BPE);  2. text and image encoder, contrastively (CLIP, Radford et al. 2021), with two views of
+an outfit (SLIP, Mu et al. 2022), captions that are nearly right, and the outfit's colours to tell;
+3. autoencoder;  4. UNet (v-prediction, zero terminal SNR: Lin et al. 2024).
 """
 
 import argparse
@@ -15,6 +15,7 @@ import math
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,6 +39,7 @@ from transformers import (
 
 from atlas_dataset import procedural
 from atlas_dataset.building import prepare_renderer
+from atlas_dataset.grammar import ETHNICITIES, HAIR, STYLES, Outfit, sample_outfit
 from atlas_dataset.views import render_texture
 from base_model import load_base
 from configuration import Render
@@ -46,9 +48,12 @@ from render.bodies import load_anny_body
 from render.rigs import load_rig
 from render.utils import fill_outside, look_at, orbit_cameras, render_views, studio_lights
 
-RESOLUTION = 256  # pixels; latents are 32 x 32
+RESOLUTION, PATCH = 256, 16  # side in pixels of a picture, and of what one latent stands for
 CLIP_RESOLUTION = 128
-VIEWS = 4  # of an outfit, for the image encoder
+CAPTIONS = 4  # of a picture
+LAYOUTS = 12  # other ways to unwrap the body; Anny's own is left to the joint training
+VIEWS = 3  # of an outfit, for the image encoder
+PARTS = (procedural.TOP, procedural.BOTTOM, procedural.HAIR_REGION, procedural.SKIN)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PHENOTYPES = {  # Anny's axes: gender 0 male to 1 female; age 1/3 child, 2/3 adult, 1 old
     "man": dict(gender=0.0, age=0.67), "woman": dict(gender=1.0, age=0.67),
@@ -57,12 +62,29 @@ PHENOTYPES = {  # Anny's axes: gender 0 male to 1 female; age 1/3 child, 2/3 adu
 }  # fmt: skip
 
 
-def render_scene(seed: int, index: int) -> tuple[np.ndarray, str]:
-    """Render `index` → (3, 256, 256) uint8 and its caption; the same for the same (seed, index)."""
+def captions_of(outfit: Outfit, rng: np.random.Generator) -> list[str]:
+    """CAPTIONS ways to say it: the ATLAS form and sentences."""
+    return [outfit.prompt, *(outfit.sentence(rng) for _ in range(CAPTIONS - 1))]
+
+
+def painted(outfit: Outfit, seed: int, layout: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The texture (3, 256, 256) in [0, 1], filled outside the islands, and its regions (256, 256)."""
+    painting = procedural.paint(outfit, seed, RESOLUTION, layout)
+    return fill_outside(painting.texture[:3], painting.texture[3] > 0), painting.regions
+
+
+def render_scene(seed: int, index: int) -> tuple[np.ndarray, dict]:
+    """Picture `index` → (3, 256, 256) uint8 and its captions; the same for the same (seed, index).
+
+    One in four is a render; the others are textures in LAYOUTS layouts that are not Anny's own.
+    """
     rng = np.random.default_rng([seed, index])
-    outfit = procedural.sample_outfit(rng)
-    texture = procedural.paint_texture(outfit, index, RESOLUTION)
-    texture = fill_outside(texture[:3], texture[3] > 0)
+    outfit = sample_outfit(rng)
+    label = {"captions": captions_of(outfit, rng)}
+    if index % 4:
+        picture, _ = painted(outfit, index, layout=int(rng.integers(LAYOUTS)))
+        return (picture * 255).round().to(torch.uint8).numpy(), label
+    texture, _ = painted(outfit, index)
     body = load_anny_body(**PHENOTYPES[outfit.person], weight=float(rng.choice([0.3, 0.5, 0.7])))
 
     width = RESOLUTION if rng.uniform() < 0.5 else RESOLUTION * 3 // 4
@@ -81,49 +103,66 @@ def render_scene(seed: int, index: int) -> tuple[np.ndarray, str]:
         )
     bars = (RESOLUTION - width) // 2  # portraits are padded to a square with black, as at inference
     picture = F.pad(picture[0], (bars, bars)) * 255
-    caption = outfit.prompt if rng.uniform() < 0.5 else outfit.sentence(rng)
-    return picture.round().to(torch.uint8).numpy(), caption
+    return picture.round().to(torch.uint8).numpy(), label
 
 
 @torch.no_grad()
-def render_outfit(seed: int, index: int) -> tuple[np.ndarray, str]:
-    """One outfit on VIEWS posed bodies of any shape → (VIEWS, 3, 128, 128) uint8 and its caption.
+def render_outfit(seed: int, index: int) -> tuple[np.ndarray, dict]:
+    """One outfit on VIEWS posed bodies of any shape → (VIEWS, 3, 128, 128) uint8 and its label.
 
-    Every second outfit is recoloured beyond the grammar's colours and has no caption: two views of it still match.
+    The label: captions; confusions, the captions of outfits that differ by who wears which colour; colours, the medians
+    of PARTS (None where there is none). Every third outfit is recoloured beyond the grammar's colours and has no
+    captions: two views of it still match.
     """
     rng = np.random.default_rng([seed, index, 1])
-    outfit = procedural.sample_outfit(rng)
-    texture = procedural.paint_texture(outfit, index, RESOLUTION)
-    texture = fill_outside(texture[:3], texture[3] > 0)
-    caption = outfit.prompt if rng.uniform() < 0.5 else outfit.sentence(rng)
-    if index % 2:
+    outfit = sample_outfit(rng)
+    (texture, regions), label = painted(outfit, index), {"captions": [], "confusions": []}
+    if index % 3 == 2:
         gray, tint = texture.mean(0, keepdim=True), torch.from_numpy(rng.uniform(0.55, 1.1, (3, 1, 1))).float()
         texture = (gray + (texture - gray) * rng.uniform(0.2, 1.0))[torch.from_numpy(rng.permutation(3))]
-        texture, caption = (texture ** rng.uniform(0.7, 1.8) * tint).clamp(0, 1), ""
+        texture = (texture ** rng.uniform(0.7, 1.8) * tint).clamp(0, 1)
+    else:
+        label["captions"] = captions_of(outfit, rng)
+        label["confusions"] = [confused(outfit, rng) for _ in range(CAPTIONS)]
+    masks = [regions == part for part in PARTS]
+    label["colours"] = [texture[:, mask].median(1).values.tolist() if mask.sum() > 40 else None for mask in masks]
     width = CLIP_RESOLUTION if index % 4 < 2 else CLIP_RESOLUTION * 3 // 4
     numbers, size = list(range(VIEWS)), (CLIP_RESOLUTION, width)
     rendered = render_texture(load_rig("anny"), texture * 2 - 1, Render(fill=[0.5, 0.95]), seed, index, numbers, *size)
     pictures = torch.stack([F.pad((picture + 1) / 2, ((CLIP_RESOLUTION - width) // 2,) * 2) for picture, _ in rendered])
-    return (pictures * 255).round().to(torch.uint8).numpy(), caption
+    return (pictures * 255).round().to(torch.uint8).numpy(), label
 
 
-def load_renders(work: Path, name: str, scene, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
-    """scene(seed, 0 .. count - 1): pictures (count, ...) uint8, memory-mapped, and captions; goes on if stopped."""
-    pictures, captions = work / f"{name}_{count}.npy", work / f"{name}_{count}.jsonl"
-    done = len(captions.read_text().splitlines()) if captions.exists() else 0
+def confused(outfit: Outfit, rng: np.random.Generator) -> str:
+    """A caption that is nearly right: top and bottom have changed colours, or one colour is another (as the hard
+    negatives of Yuksekgonul et al. 2023)."""
+    if outfit.bottom and outfit.top_style != outfit.bottom_style and rng.uniform() < 0.5:
+        return replace(outfit, top_style=outfit.bottom_style, bottom_style=outfit.top_style).sentence(rng)
+    name = str(rng.choice(["top_style", "hair", "ethnicity", *(["bottom_style"] if outfit.bottom else [])]))
+    others = {"hair": HAIR, "ethnicity": ETHNICITIES}.get(name, STYLES)
+    word = str(rng.choice([word for word in others if word != getattr(outfit, name)]))
+    changed = replace(outfit, **{name: word})
+    caption = changed.sentence(rng)
+    return caption if word in caption else changed.prompt
+
+
+def load_renders(work: Path, name: str, scene, count: int, seed: int) -> tuple[np.ndarray, list[dict]]:
+    """scene(seed, 0 .. count - 1): pictures (count, ...) uint8, memory-mapped, and labels; goes on if stopped."""
+    pictures, labels = work / f"{name}_{count}.npy", work / f"{name}_{count}.jsonl"
+    done = len(labels.read_text().splitlines()) if labels.exists() else 0
     if done < count:
         shape = (count, *scene(seed, 0)[0].shape)
         array = np.lib.format.open_memmap(pictures, "r+" if done else "w+", np.uint8, shape)
         with (
             ProcessPoolExecutor(initializer=prepare_renderer, mp_context=get_context("spawn")) as pool,
-            captions.open("a") as lines,
+            labels.open("a") as lines,
         ):
             scenes = pool.map(partial(scene, seed), range(done, count), chunksize=32)
-            for index, (picture, caption) in enumerate(tqdm(scenes, name, initial=done, total=count), done):
+            for index, (picture, label) in enumerate(tqdm(scenes, name, initial=done, total=count), done):
                 array[index] = picture
-                print(json.dumps(caption), file=lines, flush=True)
+                print(json.dumps(label), file=lines, flush=True)
         array.flush()
-    return np.load(pictures, mmap_mode="r"), [json.loads(line) for line in captions.read_text().splitlines()]
+    return np.load(pictures, mmap_mode="r"), [json.loads(line) for line in labels.read_text().splitlines()]
 
 
 def train_stage(
@@ -176,7 +215,7 @@ def train_stage(
 def train_tokenizer(out: Path, vocab_size: int = 1024):
     """CLIP's tokenizer (lower case, byte-level BPE, '</w>' at a word's end) on the grammar's own sentences."""
     rng = np.random.default_rng(0)
-    outfits = [procedural.sample_outfit(rng) for _ in range(4000)]
+    outfits = [sample_outfit(rng) for _ in range(4000)]
     corpus = [text.lower() for outfit in outfits for text in (outfit.prompt, outfit.sentence(rng))]
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -211,46 +250,6 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     return tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
 
 
-def train_clip(out: Path, work: Path, pictures, captions, steps: int, batch: int, device, precision) -> dict:
-    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
-    input_ids = tokenize(tokenizer, captions)
-    longest = int((input_ids != tokenizer.eos_token_id).sum(1).max()) + 1
-    input_ids = input_ids[:, :longest]  # attention is causal: padding behind the end changes nothing before it
-    torch.manual_seed(0)
-    markers = dict(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id
-    )
-    text = CLIPTextModelWithProjection(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4,
-        num_attention_heads=4, projection_dim=128, **markers)).to(device)  # fmt: skip
-    image = CLIPVisionModelWithProjection(CLIPVisionConfig(
-        hidden_size=192, intermediate_size=576, num_hidden_layers=3, num_attention_heads=6,
-        image_size=CLIP_RESOLUTION, patch_size=16, projection_dim=128)).to(device)  # fmt: skip
-    scale = torch.nn.ParameterDict({"log": torch.nn.Parameter(torch.tensor(2.66))}).to(device)
-    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
-
-    def loss_fn(step):
-        rows = np.random.default_rng([1, step]).choice(len(pictures), batch, replace=False)
-        pixels = torch.from_numpy(np.stack([pictures[row] for row in rows])).to(device) / 255
-        pixels = (F.avg_pool2d(pixels, RESOLUTION // CLIP_RESOLUTION) - mean) / std
-        with autocast(device, precision):
-            image_embeds = image(pixel_values=pixels).image_embeds.float()
-            text_embeds = text(input_ids=input_ids[rows].to(device)).text_embeds.float()
-        logits = F.normalize(image_embeds, dim=-1) @ F.normalize(text_embeds, dim=-1).T
-        logits = logits * scale["log"].exp().clamp(max=100)
-        labels = torch.arange(batch, device=device)
-        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-
-    summary = train_stage("clip", work, {"text": text, "image": image, "scale": scale}, loss_fn, steps, lr=1e-3)
-    text.half().save_pretrained(out / "text_encoder")
-    image.half().save_pretrained(out / "image_encoder")
-    CLIPImageProcessorPil(
-        size={"shortest_edge": CLIP_RESOLUTION}, crop_size={"height": CLIP_RESOLUTION, "width": CLIP_RESOLUTION},
-        image_mean=CLIP_MEAN, image_std=CLIP_STD,
-    ).save_pretrained(out / "feature_extractor")  # fmt: skip
-    return summary
-
-
 def augment(pixel_values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """(B, 3, H, W) in [0, 1]: mirrored, zoomed, shifted and dimmed at random; the border's colour runs on outside."""
     rows = len(pixel_values)
@@ -267,62 +266,86 @@ def augment(pixel_values: torch.Tensor, generator: torch.Generator) -> torch.Ten
     return (moved * uniform(0.85, 1.15, 1, 1, 1).to(moved.device)).clamp(0, 1)
 
 
-def train_image(out: Path, work: Path, pictures, captions, steps: int, batch: int, device, precision) -> dict:
-    """The image encoder goes on against the finished text encoder: two views of an outfit match, and its caption."""
+def train_clip(out: Path, work: Path, pictures, labels, steps: int, batch: int, device, precision) -> dict:
+    """pictures: (N, VIEWS, 3, 128, 128) uint8 with the labels of `render_outfit`."""
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
-    text = CLIPTextModelWithProjection.from_pretrained(out / "text_encoder", dtype=torch.float32).to(device).eval()
-    image = CLIPVisionModelWithProjection.from_pretrained(out / "image_encoder", dtype=torch.float32).to(device)
-    with torch.no_grad():
-        text_embeds = torch.cat([
-            text(tokenize(tokenizer, captions[start : start + 200]).to(device)).text_embeds
-            for start in range(0, len(captions), 200)
-        ])  # fmt: skip
-    text_embeds = F.normalize(text_embeds, dim=-1)
-    captioned = torch.tensor([bool(caption) for caption in captions])
-    target = captioned.cumsum(0) - 1  # a caption's place among the captions
-    text_embeds = text_embeds[captioned.to(device)]
-    torch.manual_seed(3)
-    heads = torch.nn.ModuleDict({"views": torch.nn.Linear(image.config.hidden_size, 128)}).to(device)
-    scale = torch.nn.ParameterDict({"log": torch.nn.Parameter(torch.tensor([3.0, 3.0]))}).to(device)
+    captioned = torch.tensor([bool(label["captions"]) for label in labels])
+    place = captioned.cumsum(0) - 1  # of an outfit among the captioned ones
+    right, wrong = (
+        tokenize(tokenizer, [caption for label in labels for caption in label[key]]).view(-1, CAPTIONS, 77)
+        for key in ("captions", "confusions")
+    )
+    # Attention is causal: padding behind the end changes nothing before it.
+    longest = max(int((ids != tokenizer.eos_token_id).sum(-1).max()) for ids in (right, wrong)) + 1
+    right, wrong = right[..., :longest], wrong[..., :longest]
+    colours = torch.tensor([[colour or [0.0] * 3 for colour in label["colours"]] for label in labels])  # (N, PARTS, 3)
+    has_colour = torch.tensor([[colour is not None for colour in label["colours"]] for label in labels])
+    torch.manual_seed(0)
+    markers = dict(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id
+    )
+    text = CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=4, projection_dim=128, **markers)).to(device)  # fmt: skip
+    image = CLIPVisionModelWithProjection(CLIPVisionConfig(
+        hidden_size=192, intermediate_size=576, num_hidden_layers=3, num_attention_heads=6,
+        image_size=CLIP_RESOLUTION, patch_size=16, projection_dim=128)).to(device)  # fmt: skip
+    width = image.config.hidden_size
+    heads = torch.nn.ModuleDict({
+        "views": torch.nn.Linear(width, 128), "colours": torch.nn.Linear(width, 3 * len(PARTS))
+    }).to(device)  # fmt: skip
+    scale = torch.nn.ParameterDict({"log": torch.nn.Parameter(torch.tensor([2.66, 2.66]))}).to(device)
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
 
     def loss_fn(step):
-        rng = np.random.default_rng([5, step])
-        rows, views = (
-            rng.choice(len(pictures), batch, replace=False),
-            rng.permuted(np.tile(range(VIEWS), (batch, 1)), axis=1),
-        )
+        rng = np.random.default_rng([1, step])
+        rows = rng.choice(len(pictures), batch, replace=False)
+        views = rng.permuted(np.tile(range(VIEWS), (batch, 1)), axis=1)
         chosen = np.concatenate([pictures[rows, views[:, 0]], pictures[rows, views[:, 1]]])
         generator = torch.Generator().manual_seed(step)
         pixels = (augment(torch.from_numpy(chosen).to(device) / 255, generator) - mean) / std
+        known = captioned[rows]
+        captions, form = place[rows][known], torch.from_numpy(rng.integers(0, CAPTIONS, int(known.sum())))
+        input_ids = torch.cat([right[captions, form], wrong[captions, form]]).to(device)
         with autocast(device, precision):
             encoded = image.vision_model(pixel_values=pixels)
             image_embeds = F.normalize(image.visual_projection(encoded.pooler_output).float(), dim=-1)
-            view_embeds = F.normalize(heads["views"](encoded.last_hidden_state[:, 0]).float(), dim=-1)
+            view_embeds = F.normalize(heads["views"](encoded.pooler_output).float(), dim=-1)
+            guessed = heads["colours"](encoded.pooler_output).float().view(2 * batch, -1, 3)
+            text_embeds = F.normalize(text(input_ids=input_ids).text_embeds.float(), dim=-1)
         scales = scale["log"].exp().clamp(max=60)
-        logits = view_embeds[:batch] @ view_embeds[batch:].T * scales[0]
         labels = torch.arange(batch, device=device)
+        logits = view_embeds[:batch] @ view_embeds[batch:].T * scales[0]
         same_outfit = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-        known = captioned[rows].repeat(2)
-        logits = image_embeds[known.to(device)] @ text_embeds.T * scales[1]
-        return same_outfit + 0.3 * F.cross_entropy(logits, target[rows].repeat(2)[known].to(device))
+        named = image_embeds[known.repeat(2).to(device)]
+        logits, count = named @ text_embeds.T * scales[1], len(captions)  # right captions, then nearly right ones
+        matching = F.cross_entropy(logits, labels[:count].repeat(2))
+        for part in logits[:, :count].chunk(2):
+            matching = matching + F.cross_entropy(part.T, labels[:count]) / 2
+        error = (guessed - colours[rows].repeat(2, 1, 1).to(device)).abs().mean(-1)
+        return matching / 2 + 0.5 * same_outfit + 3 * error[has_colour[rows].repeat(2, 1).to(device)].mean()
 
-    modules = {"image": image, "heads": heads, "scale": scale}
-    summary = train_stage("image", work, modules, loss_fn, steps, lr=6e-4)
+    modules = {"text": text, "image": image, "heads": heads, "scale": scale}
+    summary = train_stage("clip", work, modules, loss_fn, steps, lr=1e-3)
+    text.half().save_pretrained(out / "text_encoder")
     image.half().save_pretrained(out / "image_encoder")
+    CLIPImageProcessorPil(
+        size={"shortest_edge": CLIP_RESOLUTION}, crop_size={"height": CLIP_RESOLUTION, "width": CLIP_RESOLUTION},
+        image_mean=CLIP_MEAN, image_std=CLIP_STD,
+    ).save_pretrained(out / "feature_extractor")  # fmt: skip
     return summary
 
 
 def train_vae(out: Path, work: Path, pictures, steps: int, batch: int, device, precision) -> dict:
     torch.manual_seed(1)
     vae = AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=8, block_out_channels=(16, 32, 64, 96), layers_per_block=1,
-        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, sample_size=RESOLUTION,
+        in_channels=3, out_channels=3, latent_channels=16, block_out_channels=(16, 32, 64, 96, 96), layers_per_block=1,
+        down_block_types=["DownEncoderBlock2D"] * 5, up_block_types=["UpDecoderBlock2D"] * 5, sample_size=RESOLUTION,
         norm_num_groups=1,  # groups of two channels would lose the colour of flat areas
-    ).to(device)  # fmt: skip
+    ).to(device, memory_format=torch.channels_last)  # fmt: skip
     patchwork = torch.stack([procedural.generic_picture(np.random.default_rng([2, i]), 256) for i in range(192)])
 
-    def random_crop(rng: np.random.Generator, side: int = 64) -> torch.Tensor:
+    def random_crop(rng: np.random.Generator, side: int = 96) -> torch.Tensor:
         if rng.uniform() < 0.5:
             picture = torch.from_numpy(pictures[rng.integers(len(pictures))].copy()) / 255
         else:
@@ -337,25 +360,41 @@ def train_vae(out: Path, work: Path, pictures, steps: int, batch: int, device, p
     def loss_fn(step):
         rng = np.random.default_rng([3, step])
         pixel_values = torch.stack([random_crop(rng) for _ in range(batch)]).float().to(device) * 2 - 1
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         with autocast(device, precision):
             posterior = vae.encode(pixel_values).latent_dist
             decoded = vae.decode(posterior.sample()).sample
         error = decoded.float() - pixel_values
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         coarse = F.avg_pool2d(error, 8).abs().mean()
-        # The first three channels hold each 8 x 8 patch's mean colour: learned at once, and smooth to diffuse in.
-        anchor = F.mse_loss(posterior.mean[:, :3].float(), 2 * F.avg_pool2d(pixel_values, 8))
-        return error.abs().mean() + 0.3 * edges + coarse + 0.5 * anchor + 1e-5 * posterior.kl().mean() / 64
+        # The first three channels hold each patch's mean colour: learned at once, and smooth to diffuse in.
+        anchor = F.mse_loss(posterior.mean[:, :3].float(), 2 * F.avg_pool2d(pixel_values, PATCH))
+        return error.abs().mean() + 0.3 * edges + coarse + 0.5 * anchor + 5e-5 * posterior.kl().mean() / 64
 
     summary = train_stage("vae", work, {"vae": vae}, loss_fn, steps, lr=2e-3)
-    with torch.no_grad():
-        sample = torch.from_numpy(pictures[:64].copy()).to(device) / 127.5 - 1
-        vae.register_to_config(scaling_factor=round(1 / vae.encode(sample).latent_dist.mean.std().item(), 4))
+    equalise(vae, torch.from_numpy(pictures[:256].copy()).to(device) / 127.5 - 1)
     vae.half().save_pretrained(out / "vae")
     return summary
 
 
-def train_unet(out: Path, work: Path, pictures, captions, steps: int, batch: int, device, precision) -> dict:
+@torch.no_grad()
+def equalise(vae: AutoencoderKL, pixel_values: torch.Tensor) -> None:
+    """Gives each latent channel mean 0, and deviation 1 where it holds colour and 0.5 where it holds detail, by the 1x1
+    convolutions before and after the latents: what the autoencoder does stays the same, and colour counts for as much
+    as all detail in the UNet's loss."""
+    mean = torch.cat([vae.encode(part).latent_dist.mean for part in pixel_values.split(32)])
+    centre, factor = mean.mean((0, 2, 3)), 0.5 / mean.std((0, 2, 3))
+    factor[:3] *= 2
+    channels, before, after = len(centre), vae.quant_conv, vae.post_quant_conv
+    after.bias += (after.weight[:, :, 0, 0] * centre).sum(1)
+    after.weight /= factor[:, None, None]
+    before.bias[:channels] = (before.bias[:channels] - centre) * factor
+    before.weight[:channels] *= factor[:, None, None, None]
+    before.bias[channels:] += 2 * factor.log()  # of the variance
+    vae.register_to_config(scaling_factor=1.0)
+
+
+def train_unet(out: Path, work: Path, pictures, labels, steps: int, batch: int, device, precision) -> dict:
     vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32).to(device).eval()
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(out / "text_encoder", dtype=torch.float32).to(device).eval()
@@ -371,32 +410,35 @@ def train_unet(out: Path, work: Path, pictures, captions, steps: int, batch: int
             pixel_values = torch.from_numpy(pictures[start : start + 50].copy()).to(device) / 127.5 - 1
             mean, _ = encode_posterior(vae, pixel_values)
             latents.append((mean * vae.config.scaling_factor).half().cpu())
-            input_ids = tokenize(tokenizer, captions[start : start + 50]).to(device)
-            context.append(text_encoder(input_ids).last_hidden_state.half().cpu())
+            captions = [caption for label in labels[start : start + 50] for caption in label["captions"]]
+            states = text_encoder(tokenize(tokenizer, captions).to(device)).last_hidden_state.half().cpu()
+            context.append(states.unflatten(0, (-1, CAPTIONS)))
         empty = text_encoder(tokenize(tokenizer, [""]).to(device)).last_hidden_state.half().cpu()
     latents, context = torch.cat(latents), torch.cat(context)
 
     torch.manual_seed(2)
     unet = UNet2DConditionModel(
-        sample_size=RESOLUTION // 8, in_channels=8, out_channels=8, layers_per_block=1,
+        sample_size=RESOLUTION // PATCH, in_channels=16, out_channels=16, layers_per_block=1,
         block_out_channels=(64, 112, 112), cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    ).to(device)  # fmt: skip
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    ).to(device, memory_format=torch.channels_last)  # fmt: skip
     ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
 
     def loss_fn(step):
-        rows = np.random.default_rng([4, step]).choice(len(latents), batch, replace=False)
-        clean, states = latents[rows].to(device).float(), context[rows].clone()
+        rng = np.random.default_rng([4, step])
+        rows = rng.choice(len(latents), batch, replace=False)
+        clean, states = latents[rows].to(device).float(), context[rows, rng.integers(0, CAPTIONS, batch)]
         states[torch.rand(batch) < 0.1] = empty
         noise = torch.randn(clean.shape).to(device)
         timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (batch,)).to(device)
         noisy_latents = noise_scheduler.add_noise(clean, noise, timesteps)
+        noisy_latents = noisy_latents.contiguous(memory_format=torch.channels_last)
         with autocast(device, precision):
             noise_pred = unet(noisy_latents, timesteps, states.to(device).float()).sample
         return F.mse_loss(noise_pred.float(), training_target(noise_scheduler, clean, noise, timesteps))
 
-    summary = train_stage("unet", work, {"unet": unet}, loss_fn, steps, lr=6e-4, ema=ema)
+    summary = train_stage("unet", work, {"unet": unet}, loss_fn, steps, lr=8e-4, ema=ema)
     ema.copy_to(unet.parameters())
     unet.half().save_pretrained(out / "unet")
     return summary
@@ -415,12 +457,15 @@ MODEL_INDEX = {
 MODEL_CARD = """# The embedded base
 
 A Stable Diffusion in small, so that everything runs where there is no model hub and no GPU. {megabytes:.1f} MB in half
-precision: UNet {unet:.1f} M parameters on 32x32x8 latents of 256x256 pictures, autoencoder {vae:.1f} M, text encoder
+precision: UNet {unet:.1f} M parameters on 16x16x16 latents of 256x256 pictures, autoencoder {vae:.1f} M, text encoder
 {text_encoder:.1f} M, image encoder {image_encoder:.1f} M, a byte-level BPE of the prompts' own words.
 
-Trained from nothing by `python pretrain_base.py` on {renders} captioned renders of procedurally dressed bodies
-(Anny), for the image encoder on {outfits} further outfits in four poses each, and for the autoencoder on patchworks of
-fabric; never on a UV texture. It is no use for anything but this project's demonstration and tests.
+Trained from nothing by `python pretrain_base.py` on {renders} captioned pictures, a quarter of them renders of
+procedurally dressed bodies (Anny), the rest textures of such bodies in {layouts} UV layouts that are not Anny's own;
+for the encoders on {outfits} further outfits in {views} poses each; for the autoencoder on patchworks of fabric too.
+It never saw a texture in the layout that joint training teaches. The encoders learned contrastively, two views of an
+outfit against each other and against captions, some of them nearly right, and to tell the outfits' colours. It is no
+use for anything but this project's demonstration and tests.
 
 | stage | steps | seconds ({device}, {precision}) | first loss | last loss |
 | --- | --- | --- | --- | --- |
@@ -444,12 +489,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("embedded_base"))
     parser.add_argument("--work", type=Path, default=Path("data_cache/pretrain"), help="renders and resumable state")
-    parser.add_argument("--renders", type=int, default=5000)
-    parser.add_argument("--outfits", type=int, default=2600, help="outfits rendered in several poses")
-    parser.add_argument("--clip-steps", type=int, default=900)
-    parser.add_argument("--image-steps", type=int, default=2600)
-    parser.add_argument("--vae-steps", type=int, default=2600)
-    parser.add_argument("--unet-steps", type=int, default=2100)
+    parser.add_argument("--renders", type=int, default=8000)
+    parser.add_argument("--outfits", type=int, default=4000, help="outfits rendered in several poses")
+    parser.add_argument("--clip-steps", type=int, default=800)
+    parser.add_argument("--vae-steps", type=int, default=1500)
+    parser.add_argument("--unet-steps", type=int, default=2700)
     parser.add_argument("--mixed-precision", choices=("auto", "no", "bf16", "fp16"), default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -458,15 +502,15 @@ def main():
     args.work.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
     precision = resolve_precision(args.mixed_precision, device)
-    pictures, captions = load_renders(args.work, "renders", render_scene, args.renders, seed=0)
     outfits = load_renders(args.work, "outfits", render_outfit, args.outfits, seed=0)
+    pictures, labels = load_renders(args.work, "renders", render_scene, args.renders, seed=0)
     train_tokenizer(args.out)
     common = dict(device=device, precision=precision)
-    summary = {"renders": args.renders, "outfits": args.outfits, "device": device.type, "precision": str(precision)}
-    summary["clip"] = train_clip(args.out, args.work, pictures, captions, args.clip_steps, 96, **common)
-    summary["image"] = train_image(args.out, args.work, *outfits, args.image_steps, 96, **common)
-    summary["vae"] = train_vae(args.out, args.work, pictures, args.vae_steps, 24, **common)
-    summary["unet"] = train_unet(args.out, args.work, pictures, captions, args.unet_steps, 16, **common)
+    summary = {"renders": args.renders, "outfits": args.outfits, "views": VIEWS, "layouts": LAYOUTS,
+               "device": device.type, "precision": str(precision or torch.float32)}  # fmt: skip
+    summary["clip"] = train_clip(args.out, args.work, *outfits, args.clip_steps, 96, **common)
+    summary["vae"] = train_vae(args.out, args.work, pictures, args.vae_steps, 16, **common)
+    summary["unet"] = train_unet(args.out, args.work, pictures, labels, args.unet_steps, 32, **common)
     (args.out / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
     (args.out / "README.md").write_text(model_card(args.out, summary))
     print(json.dumps(summary))

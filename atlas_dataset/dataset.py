@@ -11,7 +11,8 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from atlas_dataset.procedural import paint_texture, sample_outfit
+from atlas_dataset.grammar import sample_outfit
+from atlas_dataset.procedural import PAINTER, paint
 from atlas_dataset.views import render_texture
 from configuration import Render
 from errors import UserError, reason
@@ -115,7 +116,8 @@ class HuggingFaceATLAS(Dataset):
 
 
 class ProceduralTextures(Dataset):
-    """`count` textures painted on Anny, each with its prompt; held_out gives combinations never trained on."""
+    """`count` textures painted on Anny, each with its prompt, every third one a sentence; held_out gives combinations
+    never trained on."""
 
     def __init__(self, count: int, size: int = 256, seed: int = 0, held_out: bool = False):
         self.count, self.size, self.seed, self.held_out = count, size, seed, held_out
@@ -127,15 +129,17 @@ class ProceduralTextures(Dataset):
         self.count = min(self.count, count or self.count)
 
     def fingerprint(self) -> str:
-        return fingerprint(self.count, self.size, self.seed, self.held_out)
+        return fingerprint(self.count, self.size, self.seed, self.held_out, PAINTER)
 
     def name(self, index: int) -> str:
         return f"procedural texture {index}"
 
     def __getitem__(self, index: int) -> tuple[bytes, str]:
-        outfit = sample_outfit(np.random.default_rng([self.seed, index, self.held_out]), self.held_out)
-        texture = paint_texture(outfit, self.seed * 1_000_003 + index, self.size)
-        return encode_image(image_from_pixels(texture * 2 - 1), format="PNG"), outfit.prompt
+        rng = np.random.default_rng([self.seed, index, self.held_out])
+        outfit = sample_outfit(rng, self.held_out)
+        texture = paint(outfit, self.seed * 1_000_003 + index, self.size).texture
+        caption = outfit.sentence(rng) if index % 3 == 2 else outfit.prompt
+        return encode_image(image_from_pixels(texture * 2 - 1), format="PNG"), caption
 
 
 class ATLASLarge(Dataset):

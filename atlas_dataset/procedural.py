@@ -1,4 +1,4 @@
-"""Dressed bodies without any data: textures painted on Anny from prompts of the ATLAS grammar.
+"""Dressed bodies without any data: textures painted on Anny from the outfits of grammar.py.
 
 Everything is painted from the texel's 3D position on the resting body, so garments and patterns meet at UV
 seams, and everything follows from (outfit, seed).
@@ -6,82 +6,30 @@ seams, and everything follows from (outfit, seed).
 
 import functools
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from render.bodies import load_anny, load_anny_body
+from atlas_dataset.grammar import COLOURS, ETHNICITIES, FEMALE, HAIR, HEMS, LEGS, SLEEVES, STYLES, Outfit
+from render.bodies import Body, load_anny, load_anny_body
 from render.utils import interpolate, rasterize_uv, vertex_normals
 
-ETHNICITIES = {
-    "white": (226, 178, 150), "Asian": (222, 182, 136), "African American": (98, 62, 43),
-    "Latino": (182, 126, 90), "Middle Eastern": (196, 145, 104), "Mixed race": (152, 102, 72),
-}  # fmt: skip
-PERSONS = ("man", "woman", "young boy", "young girl", "elder man", "elder woman")
-HAIR = {"black": (24, 22, 24), "brown": (84, 52, 30), "blonde": (214, 172, 98), "auburn": (138, 54, 30),
-        "white": (226, 224, 220)}  # fmt: skip
-COLOURS = {
-    "white": (238, 238, 234), "black": (30, 30, 33), "gray": (132, 134, 136), "blue": (38, 82, 176),
-    "green": (40, 122, 62), "pink": (236, 140, 172), "orange": (236, 122, 32), "khaki": (178, 158, 112),
-}  # fmt: skip
-PATTERNS = ("denim", "striped", "plaid", "floral")
-STYLES = (*COLOURS, *PATTERNS)
-TOPS = ("shirt", "long sleeve shirt", "polo shirt", "button-down shirt", "blouse", "sweater", "jacket", "blazer")
-BOTTOMS = ("jeans", "pants", "shorts")
-# Share of the way from shoulder to wrist that a top's sleeve covers, and the height of its hem in metres.
-SLEEVES = {"shirt": 0.36, "long sleeve shirt": 0.96, "polo shirt": 0.38, "button-down shirt": 0.97,
-           "blouse": 0.68, "sweater": 0.99, "jacket": 0.98, "blazer": 0.97}  # fmt: skip
-HEMS = {"shirt": 0.88, "long sleeve shirt": 0.88, "polo shirt": 0.88, "button-down shirt": 0.91, "blouse": 0.90,
-        "sweater": 0.85, "jacket": 0.87, "blazer": 0.80}  # fmt: skip
-WAIST, KNEE, ANKLE = 0.95, 0.46, 0.09  # metres
-EYE, MOUTH = np.array([0.030, 1.515, 0.107], np.float32), 1.447
+PAINTER = 2  # to be raised when the same outfit and seed are painted differently: data sets are built anew
+# What a texel shows, as numbered in a painting's regions.
+OUTSIDE, SKIN, TOP, BOTTOM, HAIR_REGION, SHOES, DETAIL = range(7)
+ARM_LENGTH = 0.52  # metres, shoulder to wrist
+WAIST, NECK = 0.95, 1.375  # metres above the ground, as are all heights here
+EYE, MOUTH, BROW = np.array([0.030, 1.515, 0.107], np.float32), 1.447, 1.538
 
 
 @dataclass(frozen=True)
-class Outfit:
-    """The seven attributes of an ATLAS prompt."""
+class Painting:
+    """texture: (4, S, S) float32 in [0, 1], alpha 1 on the islands. regions: (S, S) uint8, OUTSIDE to DETAIL; DETAIL
+    is what the outfit's words say nothing about: eyes, lips, trimmings."""
 
-    ethnicity: str
-    person: str
-    top_style: str
-    top: str
-    bottom_style: str
-    bottom: str
-    hair: str
-
-    @property
-    def prompt(self) -> str:
-        return (
-            f"{self.ethnicity}, {self.person}, {self.top_style} {self.top}, "
-            f"{self.bottom_style} {self.bottom}, {self.hair} hair"
-        )
-
-    def sentence(self, rng: np.random.Generator) -> str:
-        """The same in one of a few natural sentences."""
-        person = f"{self.ethnicity} {self.person}"
-        article = "an" if person[0] in "AE" else "a"
-        top, bottom = f"{self.top_style} {self.top}", f"{self.bottom_style} {self.bottom}"
-        return str(
-            rng.choice([
-                f"{article} {person} with {self.hair} hair wearing {top} and {bottom}",
-                f"{article} {person} with {self.hair} hair, in {top} and {bottom}",
-                f"{self.hair} haired {person} in {bottom} and a {top}",
-            ])
-        )  # fmt: skip
-
-    @property
-    def held_out(self) -> bool:
-        """One combination in ten is never trained on."""
-        return zlib.crc32(self.prompt.encode()) % 10 == 0
-
-
-def sample_outfit(rng: np.random.Generator, held_out: bool = False) -> Outfit:
-    while True:
-        outfit = Outfit(*(str(rng.choice(options)) for options in (
-            list(ETHNICITIES), PERSONS, STYLES, TOPS, STYLES, BOTTOMS, list(HAIR))))  # fmt: skip
-        if outfit.held_out == held_out:
-            return outfit
+    texture: torch.Tensor
+    regions: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -89,6 +37,7 @@ class BodyMaps:
     """What lies under each covered texel of Anny's UV layout, K texels of a size x size texture."""
 
     mask: np.ndarray  # (size, size) bool
+    texel: float  # side of a texel on the body, metres
     position: np.ndarray  # (K, 3) metres, feet at y = 0
     normal: np.ndarray  # (K, 3)
     arm: np.ndarray  # (K,) 0 at the shoulder, 1 at the wrist; -1 off the arms
@@ -97,11 +46,13 @@ class BodyMaps:
     is_head: np.ndarray
     is_neck: np.ndarray
     is_eye: np.ndarray
+    is_nail: np.ndarray
 
 
-@functools.lru_cache(maxsize=4)
-def body_maps(size: int) -> BodyMaps:
-    model, body = load_anny(), load_anny_body()
+@functools.lru_cache(maxsize=16)
+def body_maps(size: int, layout: int | None = None) -> BodyMaps:
+    """Of Anny's own UV layout, or of another one (see `other_layout`)."""
+    model, body = load_anny(), load_anny_body() if layout is None else other_layout(layout)
     fragments = rasterize_uv(body, size)
     mask = fragments.mask[0]
     position = interpolate(fragments, body.faces, body.vertices)
@@ -114,11 +65,10 @@ def body_maps(size: int) -> BodyMaps:
         bones = torch.tensor([label.startswith(names) for label in model.bone_labels])
         return interpolate(fragments, body.faces, bones[strongest].float()[:, None])[:, 0].numpy() > 0.5
 
-    x, y, z = position.abs()[:, 0], position[:, 1], position[:, 2]
     shoulder, elbow, wrist = (
         torch.tensor(p) for p in ((0.165, 1.293, 0.013), (0.334, 1.105, 0.019), (0.45, 0.987, 0.174))
     )
-    mirrored = torch.stack([x, y, z], -1)
+    mirrored = torch.stack([position.abs()[:, 0], position[:, 1], position[:, 2]], -1)
 
     def along(start, end):
         axis = end - start
@@ -126,12 +76,73 @@ def body_maps(size: int) -> BodyMaps:
 
     arm = 0.53 * along(shoulder, elbow) + 0.47 * along(elbow, wrist)
     is_arm = part("upperarm", "lowerarm", "wrist", "finger", "metacarpal")
+    reach, is_nail = (mirrored @ torch.nn.functional.normalize(wrist - elbow, dim=0)).numpy(), np.zeros(len(arm), bool)
+    for side in "LR":
+        for finger in range(1, 6):
+            tip = part(f"finger{finger}-3.{side}")
+            if tip.any():
+                is_nail |= tip & (reach > reach[tip].max() - 0.012) & (normal[:, 1].numpy() > 0.2)
     return BodyMaps(
-        mask=mask.numpy(), position=position.numpy(), normal=normal.numpy(),
-        arm=np.where(is_arm, arm.numpy(), -1),
+        mask=mask.numpy(), texel=float(position.diff(dim=0).norm(dim=1).median()), position=position.numpy(),
+        normal=normal.numpy(), arm=np.where(is_arm, arm.numpy(), -1),
         is_hand=part("wrist", "finger", "metacarpal"), is_foot=part("foot", "toe"),
-        is_head=part("head", "neck03"), is_neck=part("neck"), is_eye=part("eye"),
+        is_head=part("head", "neck03"), is_neck=part("neck"), is_eye=part("eye"), is_nail=is_nail,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=16)
+def other_layout(number: int) -> Body:
+    """Anny with texture coordinates that are not its own: the parts of the body, seen from in front and from behind,
+    packed into the square in an order, turn and size that follow from number."""
+    model, body, rng = load_anny(), load_anny_body(), np.random.default_rng([number, 77])
+    weights = model.vertex_bone_weights.float()
+    strongest = model.vertex_bone_indices.gather(1, weights.argmax(1, keepdim=True))[:, 0].numpy()
+    names = (("head", "neck", "eye", "jaw", "tongue"), ("upperleg", "lowerleg", "foot", "toe"),
+             ("upperarm", "lowerarm", "wrist", "finger", "metacarpal"))  # fmt: skip
+    vertices, faces = body.vertices.numpy(), body.faces.numpy()
+    kind = np.array([next((i for i, labels in enumerate(names, 1) if label.startswith(labels)), 0)
+                     for label in model.bone_labels])[strongest]  # fmt: skip
+    centre = vertices[faces].mean(1)
+    normal = np.cross(vertices[faces[:, 1]] - vertices[faces[:, 0]], vertices[faces[:, 2]] - vertices[faces[:, 0]])
+    part = kind[faces[:, 0]]
+    chart = part * 4 + (normal[:, 2] < 0) * 2 + ((centre[:, 0] < 0) & (part > 1))
+    zoom = np.array([1.0, rng.uniform(1.6, 2.4), 1.0, rng.uniform(0.9, 1.2)])
+
+    def pieces() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Each part's faces, their corners (F', 3, 2) from (0, 0) on, and its size, in a new order and turn."""
+        found = []
+        for index in rng.permutation(np.unique(chart)):
+            chosen = np.flatnonzero(chart == index)
+            corners = vertices[faces[chosen]][..., :2] * zoom[index // 4]
+            corners = corners @ np.linalg.eigh(np.cov(corners.reshape(-1, 2).T))[1].astype(np.float32)  # upright
+            for _ in range(rng.integers(4)):
+                corners = np.stack([-corners[..., 1], corners[..., 0]], -1)
+            low = corners.min((0, 1))
+            found.append((chosen, corners - low, corners.max((0, 1)) - low))
+        return found
+
+    def pack(parts, scale: float) -> np.ndarray | None:
+        """Shelf by shelf; None where they do not fit."""
+        uvs, x, y, tall, wide = np.zeros((len(faces), 3, 2), np.float32), 0.0, 0.0, 0.0, 0.0
+        for chosen, corners, size in parts:
+            width, height = size * scale + 0.012
+            if x + width > 1:
+                x, y, tall = 0.0, y + tall, 0.0
+            if width > 1 or y + height > 1:
+                return None
+            uvs[chosen] = corners * scale + (x + 0.006, y + 0.006)
+            x, tall = x + width, max(tall, height)
+            wide = max(wide, x)
+        return uvs / (wide, y + tall)  # stretched to fill the square
+
+    scale, uvs = 0.1, None
+    for _ in range(60):  # the largest of many random packings
+        parts = pieces()
+        while (packed := pack(parts, scale)) is not None:
+            scale, uvs = scale * 1.03, packed
+    return replace(
+        body, uvs=torch.from_numpy(uvs).float().view(-1, 2), uv_faces=torch.arange(len(faces) * 3).view(-1, 3)
+    )
 
 
 def smooth_noise(points: np.ndarray, rng: np.random.Generator, scale: float, waves: int = 5) -> np.ndarray:
@@ -143,175 +154,382 @@ def smooth_noise(points: np.ndarray, rng: np.random.Generator, scale: float, wav
     return np.sin(points @ directions + rng.uniform(0, 6.28, waves).astype(np.float32)).mean(-1) * 1.6
 
 
+def grain(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Random values on the integer lattice of (u, v), interpolated between: (K,) each → (K,) in [-1, 1]."""
+    table = rng.uniform(-1, 1, (64, 64)).astype(np.float32)
+    column, row = np.floor(u).astype(np.int32), np.floor(v).astype(np.int32)
+    x, y = u - column, v - row
+    left, right, low, high = column & 63, (column + 1) & 63, row & 63, (row + 1) & 63
+    return (table[low, left] * (1 - x) + table[low, right] * x) * (1 - y) + (
+        table[high, left] * (1 - x) + table[high, right] * x
+    ) * y
+
+
 def jitter(colour, rng: np.random.Generator, amount: float) -> np.ndarray:
     return np.clip(
         np.array(colour, np.float32) / 255 * rng.uniform(1 - amount, 1 + amount) + rng.normal(0, amount / 5, 3), 0, 1
-    )
+    ).astype(np.float32)
+
+
+def pick(rng: np.random.Generator, options):
+    return options[rng.integers(len(options))]
 
 
 def fabric(style: str, points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A cloth of that colour or pattern, continuous in space. points: (K, 3) metres → (K, 3) in [0, 1]."""
     points = points.astype(np.float32)
+    across = points[:, 0] + 0.6 * points[:, 2]
     if style in COLOURS:
-        colour = np.broadcast_to(jitter(COLOURS[style], rng, 0.10), points.shape)
+        colour = np.broadcast_to(jitter(COLOURS[style], rng, 0.08), points.shape)
     elif style == "denim":
-        weave = np.sin(points @ (np.array([1.0, 1.0, 1.0]) * 2 * np.pi / 0.02))
+        threads = grain(across / 0.006, points[:, 1] / 0.05, rng) + 0.25 * grain(
+            across / 0.03, points[:, 1] / 0.006, rng
+        )
         fade = smooth_noise(points, rng, 0.35)
-        colour = jitter((62, 88, 128), rng, 0.10) * (1 + 0.10 * weave + 0.16 * fade)[:, None]
+        colour = jitter((66, 94, 138), rng, 0.10) * (1 + 0.16 * threads + 0.20 * fade)[:, None]
     elif style == "striped":
-        dark, light = jitter((40, 50, 84), rng, 0.5), jitter((236, 234, 226), rng, 0.05)
-        stripe = np.sin(points[:, 1] * 2 * np.pi / rng.uniform(0.07, 0.10)) > 0
-        colour = np.where(stripe[:, None], dark, light)
+        dark = jitter(pick(rng, ((34, 44, 88), (28, 28, 32), (176, 36, 42))), rng, 0.2)
+        light = jitter((238, 236, 228), rng, 0.04)
+        share = np.clip(0.5 + 6 * np.sin(points[:, 1] * 2 * np.pi / rng.uniform(0.055, 0.08)), 0, 1)[:, None]
+        colour = dark * share + light * (1 - share)
     elif style == "plaid":
-        base, line = jitter((168, 36, 36), rng, 0.15), jitter((26, 30, 52), rng, 0.3)
-        period = rng.uniform(0.09, 0.12)
-        across = (np.sin(points[:, 1] * 2 * np.pi / period) > 0.25).astype(np.float32)
-        down = (np.sin((points[:, 0] + 0.6 * points[:, 2]) * 2 * np.pi / period) > 0.25).astype(np.float32)
-        share = 0.5 * (across + down)[:, None]
-        colour = base * (1 - share) + line * share
-    else:  # floral: flowers round the points of a jittered lattice
-        colour = np.broadcast_to(jitter((240, 232, 216), rng, 0.06), points.shape).copy()
-        petals = np.array([jitter(c, rng, 0.1) for c in ((214, 48, 92), (242, 176, 44), (122, 74, 168))])
-        shift, cell = rng.uniform(0, 1, 3), 0.085
-        lattice = np.floor(points / cell + shift).astype(np.int64)
-        key = (lattice @ np.array([73856093, 19349663, 83492791])) & 0xFFFF
-        centre = (
-            lattice + 0.3 + 0.4 * np.stack([key % 7, key % 11, key % 13], -1) / np.array([6, 10, 12]) - shift
-        ) * cell
-        distance = np.linalg.norm(points - centre, axis=-1)
-        colour[distance < 0.036] = petals[key % 3][distance < 0.036]
-        colour[distance < 0.012] = (0.98, 0.90, 0.55)
-    folds = smooth_noise(points, rng, 0.22) * 0.06 + smooth_noise(points, rng, 0.06) * 0.03
+        ground, band, line = pick(
+            rng, (((172, 36, 40), (26, 28, 50), (236, 220, 190)), ((40, 96, 66), (24, 30, 60), (230, 200, 90)),
+                  ((150, 110, 74), (70, 44, 36), (226, 60, 50))),
+        )  # fmt: skip
+        period, shares = rng.uniform(0.09, 0.12), []
+        for axis in (points[:, 1], across):
+            wave = np.sin(axis * 2 * np.pi / period)
+            shares.append((np.clip(0.5 + 6 * (wave - 0.25), 0, 1), wave < -0.94))
+        (rows, row_line), (columns, column_line) = shares
+        share = 0.5 * (rows + columns)[:, None]
+        colour = jitter(ground, rng, 0.12) * (1 - share) + jitter(band, rng, 0.2) * share
+        colour[row_line | column_line] = 0.45 * colour[row_line | column_line] + 0.55 * jitter(line, rng, 0.1)
+    else:
+        colour = flowers(points, across, rng)
+    # Folds, and less light where the cloth looks down.
+    folds = smooth_noise(points * (1.0, 0.55, 1.0), rng, 0.13) * 0.05 + smooth_noise(points, rng, 0.05) * 0.025
     return np.clip(colour * (1 + folds)[:, None], 0, 1).astype(np.float32)
 
 
-def paint_texture(outfit: Outfit, seed: int, size: int) -> torch.Tensor:
-    """A dressed body's texture in Anny's UV layout → (4, size, size) float32 in [0, 1], alpha 1 on the islands."""
+def flowers(points: np.ndarray, across: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Five-petalled flowers and leaves round the points of a jittered lattice."""
+    ground = pick(rng, ((240, 232, 216), (30, 38, 76), (248, 214, 220), (24, 60, 50)))
+    colour = np.broadcast_to(jitter(ground, rng, 0.06), points.shape).copy()
+    petals = np.array([jitter(c, rng, 0.1) for c in ((214, 48, 92), (242, 176, 44), (150, 92, 190), (238, 240, 236))])
+    shift, cell = rng.uniform(0, 1, 3).astype(np.float32), np.float32(0.085)
+    lattice = np.floor(points / cell + shift).astype(np.int32)
+    key = (lattice @ np.array([73856093, 19349663, 83492791])) & 0xFFFF
+    jumps = np.stack([key % 7 / 6, key % 11 / 10, key % 13 / 12], -1).astype(np.float32)
+    offset = points - (lattice + 0.3 + 0.4 * jumps - shift) * cell
+    distance = np.sqrt((offset**2).sum(-1))
+    angle = np.arctan2(offset[:, 1], offset[:, 0] + 0.6 * offset[:, 2]) + key
+    leaf = (distance < 0.040) & (np.cos(2 * angle) > 0.55)
+    colour[leaf] = (0.20, 0.42, 0.24)
+    petal = distance < 0.024 + 0.010 * np.cos(5 * angle)
+    colour[petal] = petals[key % 4][petal] * (0.75 + 10 * distance[petal, None])
+    colour[distance < 0.009] = (0.98, 0.86, 0.40)
+    return colour
+
+
+class Brush:
+    """Colours and regions of the K texels, painted over one another; edges are a texel soft."""
+
+    def __init__(self, maps: BodyMaps, rng: np.random.Generator):
+        self.maps, self.rng = maps, rng
+        self.colours = np.zeros((len(maps.position), 3), np.float32)
+        self.regions = np.full(len(maps.position), SKIN, np.uint8)
+
+    def inside(self, distance: np.ndarray, softness: float = 0.0) -> np.ndarray:
+        """Signed distance (K,) in metres, negative inside → share (K,) in [0, 1]."""
+        return np.clip(0.5 - distance / max(self.maps.texel, softness), 0, 1).astype(np.float32)
+
+    def lay(self, share: np.ndarray, colour, region: int | None = None) -> None:
+        """colour: (3,) or (K, 3); share: (K,) of it, bool or in [0, 1]."""
+        painted = np.flatnonzero(share)
+        amount = share[painted, None].astype(np.float32)
+        colour = np.asarray(colour, np.float32)
+        colour = colour[painted] if colour.ndim == 2 else colour
+        self.colours[painted] += amount * (colour - self.colours[painted])
+        if region is not None:
+            self.regions[share > 0.5] = region
+
+    def dim(self, share: np.ndarray, factor) -> None:
+        """Multiplies by factor, a number or (3,), where share (K,) is 1, and by less where it is less."""
+        painted = np.flatnonzero(share)
+        amount = share[painted, None].astype(np.float32)
+        self.colours[painted] *= 1 + amount * (np.asarray(factor, np.float32) - 1)
+
+    def cloth(self, share: np.ndarray, style: str, region: int) -> None:
+        painted = np.flatnonzero(share)
+        colour = np.zeros_like(self.colours)
+        colour[painted] = fabric(style, self.maps.position[painted], self.rng)
+        colour[painted] *= 1 - 0.10 * np.clip(-self.maps.normal[painted, 1:2], 0, 1)
+        self.lay(share, colour, region)
+
+
+def paint(outfit: Outfit, seed: int, size: int, layout: int | None = None) -> Painting:
+    """A dressed body, size x size texels, in Anny's UV layout or in another one (see `other_layout`)."""
     rng = np.random.default_rng([seed, zlib.crc32(outfit.prompt.encode())])
-    maps = body_maps(size)
-    colours = paint_skin(outfit, maps, rng)
-    paint_bottom(colours, outfit, maps, rng)
-    paint_top(colours, outfit, maps, rng)
-    paint_hair(colours, outfit, maps, rng)
-    texture = np.zeros((size, size, 4), np.float32)
-    texture[maps.mask, :3] = np.clip(colours, 0, 1)
+    maps = body_maps(size, layout)
+    brush = Brush(maps, rng)
+    paint_skin(brush, outfit)
+    paint_shoes(brush, outfit)
+    paint_bottom(brush, outfit)
+    paint_top(brush, outfit)
+    paint_hair(brush, outfit)
+    texture, regions = np.zeros((size, size, 4), np.float32), np.zeros((size, size), np.uint8)
+    texture[maps.mask, :3] = np.clip(brush.colours, 0, 1)
     texture[maps.mask, 3] = 1
-    return torch.from_numpy(texture).permute(2, 0, 1).contiguous()
+    regions[maps.mask] = brush.regions
+    return Painting(torch.from_numpy(texture).permute(2, 0, 1).contiguous(), torch.from_numpy(regions))
 
 
-def paint_skin(outfit: Outfit, maps: BodyMaps, rng: np.random.Generator) -> np.ndarray:
+def paint_skin(brush: Brush, outfit: Outfit) -> None:
+    maps, rng = brush.maps, brush.rng
     points = maps.position
     x, y, z = np.abs(points[:, 0]), points[:, 1], points[:, 2]
-    skin = jitter(ETHNICITIES[outfit.ethnicity], rng, 0.07)
-    tone = 1 + 0.035 * smooth_noise(points, rng, 0.15) + 0.02 * smooth_noise(points, rng, 0.03)
-    colours = skin * tone[:, None]
+    skin = jitter(ETHNICITIES[outfit.ethnicity], rng, 0.06)
+    tone = 1 + 0.03 * smooth_noise(points, rng, 0.15) + 0.015 * smooth_noise(points, rng, 0.03)
+    brush.colours[:] = skin * tone[:, None]
+    brush.dim(maps.is_nail, (1.10, 1.04, 1.06))
 
-    face = maps.is_head & (z > 0.06)
-    cheeks = face & (np.hypot(x - 0.042, y - 1.475) < 0.02)
-    colours[cheeks] *= (1.04, 0.93, 0.92)
-    lips = face & (((x / 0.025) ** 2 + ((y - MOUTH) / (0.008 if "man" in outfit.person.split() else 0.010)) ** 2) < 1)
-    colours[lips] = skin * (0.88, 0.58, 0.58)
-    hair = jitter(HAIR[outfit.hair], rng, 0.05)
-    brow = (
-        face
-        & (np.abs(x - 0.031) < 0.018)
-        & (np.abs(y - 1.537 + 0.6 * np.maximum(x - 0.038, 0)) < 0.0045 - 0.12 * np.maximum(x - 0.030, 0))
-    )
-    colours[brow] = 0.7 * hair + 0.3 * skin
-    socket = face & (np.hypot((x - EYE[0]) / 0.019, (y - EYE[1]) / 0.009) < 1) & ~maps.is_eye
-    colours[socket] *= 0.72
-    if "elder" in outfit.person:
-        wrinkle = face & (y > 1.55) & (np.sin(y * 2 * np.pi / 0.011) > 0.55)
-        wrinkle |= face & (np.abs(x - 0.022 - 0.5 * (1.475 - y)) < 0.0028) & (y < 1.478) & (y > 1.445)
-        colours[wrinkle] *= 0.84
+    # The face, from large to small; what is round is a Gaussian of the distance.
+    face = maps.is_head & (z > 0.05)
+
+    def near(centre_x: float, height: float, width: float, tall: float) -> np.ndarray:
+        return face * np.exp(-(((x - centre_x) / width) ** 2) - ((y - height) / tall) ** 2)
+
+    brush.dim(near(0.042, 1.478, 0.018, 0.014), (1.05, 0.90, 0.90))  # cheeks
+    brush.dim(near(0.0, 1.484, 0.012, 0.010), (1.04, 0.93, 0.93))  # nose
+    brush.dim(near(0.009, 1.4765, 0.005, 0.0035), 0.62)  # nostrils
+    brush.dim(near(0.0, 1.458, 0.004, 0.006), 0.94)
+    brush.dim(near(0.030, 1.516, 0.022, 0.012) * ~maps.is_eye, 0.80)  # sockets
+    female, elder = outfit.person in FEMALE, "elder" in outfit.person
+    fullness = rng.uniform(0.9, 1.25) * (1.15 if female else 0.9)
+    lip = skin * ((0.92, 0.52, 0.54) if female else (0.90, 0.64, 0.62))
+    bow = 1 - 0.3 * np.exp(-((x / 0.005) ** 2))
+    upper = np.maximum(y - MOUTH - 0.0075 * fullness * bow * (1 - (x / 0.026) ** 2), MOUTH - y)
+    lower = np.maximum(MOUTH - 0.0095 * fullness * (1 - (x / 0.024) ** 2) - y, y - MOUTH)
+    for part, shade in ((upper, 0.90), (lower, 1.0)):
+        share = face * brush.inside(np.where(x < 0.026, part, 1))
+        brush.lay(0.85 * share, lip * shade)
+        brush.regions[share > 0.5] = DETAIL
+    brush.dim(face * brush.inside(np.maximum(np.abs(y - MOUTH) - 0.0012, x - 0.024)), 0.62)
+    hair = jitter(HAIR[outfit.hair], rng, 0.05) * 0.9
+    arc = BROW + 0.002 - 6.0 * (x - 0.030) ** 2
+    thickness = (0.0035 if female else 0.0048) * np.clip(1.15 - np.abs(x - 0.027) / 0.024, 0, 1)
+    brow = face * brush.inside(np.maximum(np.abs(y - arc) - thickness, np.abs(x - 0.031) - 0.021))
+    brush.lay(0.85 * brow, hair * 0.8 + skin * 0.2)
+    brush.regions[brow > 0.4] = DETAIL
+    lashes = np.hypot((x - EYE[0]) / 0.0175, (y - EYE[1]) / 0.0085)
+    rim = face * np.clip(1 - np.abs(lashes - 1) / 0.22, 0, 1) * (y > EYE[1] - 0.003) * ~maps.is_eye
+    brush.dim(rim, 0.30 if female else 0.5)
+    if elder:
+        lines = 0.5 + 0.5 * np.sin((y + 6 * x**2) * 2 * np.pi / 0.013)
+        brush.dim(face * (y > 1.552) * (x < 0.055) * lines**4, 0.80)
+        fold = np.abs(x - 0.021 - 0.42 * (1.475 - y)) - 0.0018
+        brush.dim(face * brush.inside(np.maximum(fold, np.abs(y - 1.459) - 0.017), 0.003), 0.78)
+        crow = np.abs(np.abs(y - 1.515) - 0.22 * (x - 0.046)) - 0.0009
+        brush.dim(face * brush.inside(np.maximum(crow, np.abs(x - 0.056) - 0.008), 0.002), 0.84)
+        brush.dim(near(0.030, 1.497, 0.014, 0.004), 0.84)  # bags under the eyes
     gaze = points - EYE * np.sign(points[:, :1]) ** np.array([1, 0, 0])
-    radius = np.hypot(gaze[:, 0], gaze[:, 1])
-    colours[maps.is_eye] = 0.93
-    colours[maps.is_eye & (radius < 0.0068)] = jitter((92, 66, 44), rng, 0.3)
-    colours[maps.is_eye & (radius < 0.0030)] = 0.05
-
-    shoe = maps.is_foot & (y < 0.085)
-    leather = jitter([(52, 38, 30), (28, 28, 30), (228, 226, 222), (110, 72, 42)][rng.integers(4)], rng, 0.1)
-    colours[shoe] = leather
-    colours[shoe & (y < 0.016)] = leather * 0.55
-    return colours
+    radius, iris = (
+        np.hypot(gaze[:, 0], gaze[:, 1]),
+        pick(rng, ((92, 62, 38), (72, 96, 128), (84, 104, 70), (48, 34, 26))),
+    )
+    brush.lay(maps.is_eye, (0.92, 0.91, 0.90), DETAIL)
+    brush.lay(maps.is_eye * brush.inside(radius - 0.0070), jitter(iris, rng, 0.15))
+    brush.lay(maps.is_eye * brush.inside(radius - 0.0032), (0.04, 0.04, 0.05))
 
 
-def paint_bottom(colours: np.ndarray, outfit: Outfit, maps: BodyMaps, rng: np.random.Generator):
+def paint_shoes(brush: Brush, outfit: Outfit) -> None:
+    maps, rng = brush.maps, brush.rng
+    _, y, z = maps.position.T
+    shoe = maps.is_foot * brush.inside(y - 0.085)
+    if outfit.sneakers:
+        brush.lay(shoe, jitter(COLOURS[outfit.sneakers], rng, 0.06), SHOES)
+        white = jitter((240, 240, 238), rng, 0.03)
+        brush.lay(maps.is_foot * brush.inside(y - 0.020), white)
+        brush.lay(maps.is_foot * brush.inside(np.maximum(0.150 - z, y - 0.045)), white * 0.96)  # toe cap
+        laces = maps.is_foot & (z > 0.05) & (z < 0.135) & (maps.normal[:, 1] > 0.5) & (np.mod(z, 0.02) < 0.009)
+        brush.lay(laces, white)
+        side = maps.is_foot * brush.inside(np.abs(y - 0.045 - 0.25 * (z - 0.05)) - 0.007) * (np.abs(z - 0.05) < 0.045)
+        brush.lay(side * (np.abs(maps.normal[:, 0]) > 0.6), white)
+    else:
+        leather = jitter(pick(rng, ((52, 38, 30), (28, 28, 30), (110, 72, 42), (72, 48, 36))), rng, 0.1)
+        brush.lay(shoe, leather, SHOES)
+        brush.lay(maps.is_foot * brush.inside(y - 0.014), leather * 0.45)
+        brush.dim(maps.is_foot * brush.inside(np.abs(z - 0.115) - 0.002), 0.75)
+
+
+def paint_bottom(brush: Brush, outfit: Outfit) -> None:
+    maps, bottom = brush.maps, outfit.bottom
+    if not bottom:
+        return
     points = maps.position
-    y = points[:, 1]
-    off_arms = (maps.arm < 0) & ~maps.is_hand
-    end = KNEE + 0.03 if outfit.bottom == "shorts" else ANKLE - 0.012
-    worn = off_arms & (y < WAIST + 0.04) & (y > end)
-    colours[worn] = fabric(outfit.bottom_style, points[worn], rng)
-    colours[worn & (y > WAIST + 0.015)] *= 0.75  # waistband
-    colours[worn & (y < end + 0.012)] *= 0.82  # hem
-    if outfit.bottom == "jeans":
-        side = worn & (np.abs(maps.normal[:, 2]) < 0.12) & (np.abs(points[:, 0]) > 0.12)
-        colours[side] = 0.55 * colours[side] + 0.45 * np.array((0.80, 0.56, 0.26))  # orange thread
-        worn_out = np.clip(0.25 - np.abs(y - 0.6), 0, 0.25) * np.clip(maps.normal[:, 2], 0, 1)
-        colours[worn] *= (1 + 0.8 * worn_out[worn])[:, None]
-        pocket = worn & (np.abs(np.hypot(np.abs(points[:, 0]) - 0.155, y - 0.955) - 0.075) < 0.004) & (points[:, 2] > 0)
-        colours[pocket] *= 0.6
-    elif outfit.bottom == "pants":
-        crease = worn & (np.abs(np.abs(points[:, 0]) - 0.118) < 0.004) & (points[:, 2] > 0)
-        colours[crease] *= 0.82
+    x, y, front = np.abs(points[:, 0]), points[:, 1], points[:, 2] > 0
+    end = LEGS[bottom]
+    worn = (maps.arm < 0) * ~maps.is_hand * brush.inside(np.maximum(y - WAIST - 0.04, end - y))
+    brush.cloth(worn, outfit.bottom_style, BOTTOM)
+    brush.dim(worn * brush.inside(WAIST + 0.012 - y), 0.78)  # waistband
+    brush.dim(worn * brush.inside(np.abs(y - end - 0.014) - 0.002), 0.78)  # hem
+    brush.dim(worn * np.exp(-((x / 0.02) ** 2) - ((y - 0.80) / 0.05) ** 2), 0.78)  # between the legs
+    if bottom in ("jeans", "pants"):
+        for height in (0.47, 0.44, 0.12):  # folds at knee and ankle
+            wave = height + 0.012 * np.sin(points[:, 0] * 70 + height * 100)
+            brush.dim(worn * np.exp(-(((y - wave) / 0.009) ** 2)), 0.91)
+    if bottom == "jeans":
+        thread = worn * (np.abs(maps.normal[:, 2]) < 0.16) * (x > 0.12) * (y < WAIST)
+        brush.lay(0.5 * thread, (0.80, 0.58, 0.30))
+        pocket = np.abs(np.hypot(x - 0.155, y - 0.955) - 0.072) - 0.003
+        brush.dim(worn * front * brush.inside(pocket), 0.62)
+        back_pocket = np.maximum(np.abs(x - 0.075) - 0.048, np.abs(y - 0.84) - 0.055)
+        brush.dim(worn * ~front * brush.inside(np.abs(back_pocket) - 0.003), 0.68)
+        worn_out = np.exp(-(((y - 0.62) / 0.12) ** 2) - ((x - 0.10) / 0.05) ** 2) * front
+        brush.dim(worn * worn_out, 1.16)
+    elif bottom == "pants":
+        brush.dim(worn * front * brush.inside(np.abs(x - 0.112 + 0.02 * (0.9 - y)) - 0.002), 0.80)  # crease
+    elif bottom == "skirt":
+        pleats = 0.5 + 0.5 * np.sin(np.arctan2(points[:, 0], points[:, 2]) * 26)
+        brush.dim(worn * pleats**3 * (y < 0.88), 0.82)
+    brush.dim(worn * front * brush.inside(np.maximum(np.abs(x - 0.004) - 0.002, 0.86 - y)), 0.75)  # fly
+    if bottom != "skirt":
+        button = np.hypot(points[:, 0], y - WAIST - 0.022) - 0.006
+        brush.lay(worn * front * brush.inside(button), (0.62, 0.56, 0.44))
 
 
-def paint_top(colours: np.ndarray, outfit: Outfit, maps: BodyMaps, rng: np.random.Generator):
-    points, top = maps.position, outfit.top
+def paint_top(brush: Brush, outfit: Outfit) -> None:
+    maps, top, rng = brush.maps, outfit.top, brush.rng
+    points = maps.position
     x, y, front = np.abs(points[:, 0]), points[:, 1], points[:, 2] > 0.02
-    torso = (maps.arm < 0) & ~maps.is_head & (y > HEMS[top])
-    neckline = 1.375 - 0.35 * np.maximum(0.05 - x, 0) * front
-    torso &= ~((y > neckline) & (x < 0.09) & (maps.is_neck | (y > neckline)))
-    sleeve = (maps.arm >= 0) & (maps.arm < SLEEVES[top]) & ~maps.is_hand
-    worn = torso | sleeve
+    hem, sleeve_end = HEMS[top], SLEEVES[top]
+    depth = {"dress": 0.95, "t-shirt": 0.45, "sweater": 0.45, "hoodie": 0.3}.get(top, 0.35)
+    neckline = np.where(x < 0.09, NECK - depth * np.maximum(0.06 - x, 0) * front, 9)
+    on_torso = (maps.arm < 0) & ~maps.is_head & ~maps.is_hand
+    torso = on_torso * brush.inside(np.maximum(hem - y, y - neckline))
+    sleeve = (maps.arm >= 0) * ~maps.is_hand * brush.inside((maps.arm - sleeve_end) * ARM_LENGTH)
     opening = {"polo shirt": 1.29, "blouse": 1.24, "button-down shirt": 1.31}.get(top)
-    v_neck = np.zeros_like(worn)
     if opening is not None:
-        v_neck = torso & front & (y > opening) & (x < 0.42 * (y - opening))
-        worn &= ~v_neck
-    colours[worn] = fabric(outfit.top_style, points[worn], rng)
-    colours[sleeve & (maps.arm > SLEEVES[top] - 0.025)] *= 0.80
-    colours[torso & (y < HEMS[top] + 0.012)] *= 0.80
-    trim = 1.25 if outfit.top_style in ("black", "denim", "blue", "green") else 0.74
-    if top in ("jacket", "blazer"):
-        lowest = 1.10 if top == "blazer" else HEMS[top]
-        width = 0.30 * (y - lowest) if top == "blazer" else 0.022 + 0.05 * np.maximum(y - 1.2, 0)
-        inner = torso & front & (y > lowest) & (x < width)
-        colours[inner] = jitter((236, 236, 232) if top == "blazer" else (196, 198, 202), rng, 0.04)
-        lapel = torso & front & ~inner & (y > lowest) & (x < width + (0.035 if top == "blazer" else 0.010))
-        colours[lapel] *= trim
-    if top in ("polo shirt", "button-down shirt", "blouse"):
-        collar = torso & ~v_neck & (y > 1.335) & (x < 0.10)
-        colours[collar] *= trim
-    if top in ("polo shirt", "button-down shirt"):
-        lowest = 1.20 if top == "polo shirt" else HEMS[top]
-        placket = torso & ~v_neck & front & (x < 0.011) & (y > lowest)
-        colours[placket] *= trim
-        colours[placket & (x < 0.006) & (np.mod(y, 0.07) < 0.012)] = 0.92
+        torso = torso * (1 - front * brush.inside(np.maximum(opening - y, x - 0.42 * (y - opening))))
+    worn = np.maximum(torso, sleeve)
+    if top == "tuxedo":
+        legs = (maps.arm < 0) * ~maps.is_hand * brush.inside(np.maximum(y - WAIST - 0.04, LEGS["pants"] - y))
+        brush.cloth(np.maximum(worn, legs), outfit.top_style, TOP)
+        brush.dim(legs * (np.abs(maps.normal[:, 2]) < 0.10) * (x > 0.12) * (y < hem), 1.35)  # satin stripe
+    else:
+        brush.cloth(worn, outfit.top_style, TOP)
+    brush.dim(sleeve * brush.inside(np.abs((maps.arm - sleeve_end) * ARM_LENGTH + 0.016) - 0.002), 0.75)  # cuff
+    brush.dim(torso * brush.inside(np.abs(y - hem - 0.013) - 0.002), 0.75)
+    brush.dim(worn * np.exp(-(((x - 0.15) / 0.03) ** 2) - ((y - 1.20) / 0.05) ** 2), 0.84)  # under the arms
+    brush.dim(sleeve * np.exp(-(((maps.arm - 0.53) / 0.05) ** 2)) * (maps.normal[:, 2] > 0), 0.88)  # elbow
+    if top in ("shirt", "long sleeve shirt", "t-shirt", "sweater", "dress"):
+        brush.dim(torso * brush.inside(np.where(x < 0.09, neckline - y - 0.014, 1)), 0.80)  # neckband
+    dark = outfit.top_style in ("black", "navy", "denim", "blue", "green", "purple", "brown")
+    trim, details = 1.3 if dark else 0.74, {
+        "polo shirt": paint_shirt_front, "button-down shirt": paint_shirt_front, "blouse": paint_shirt_front,
+        "jacket": paint_lapels, "blazer": paint_lapels, "tuxedo": paint_lapels, "hoodie": paint_hood,
+    }  # fmt: skip
+    if top in details:
+        details[top](brush, top, torso * front, torso, trim)
+    if top in ("sweater", "hoodie"):
+        ribs = 0.5 + 0.5 * np.sin(np.arctan2(points[:, 0], points[:, 2]) * 70)
+        ends = np.maximum(torso * (y < hem + 0.05), sleeve * (maps.arm > sleeve_end - 0.11))
+        brush.dim(ends * ribs, 0.86)
     if top == "sweater":
-        colours[worn] *= (1 + 0.06 * np.sin(y[worn] * 2 * np.pi / 0.016))[:, None]
-        colours[torso & (y < HEMS[top] + 0.045)] *= 0.88
+        brush.dim(worn * (0.5 + 0.5 * np.sin(y * 2 * np.pi / 0.016)), 0.93)
+    if top == "dress":
+        brush.dim(torso * brush.inside(np.abs(y - 1.02) - 0.012), trim)
+        pleats = 0.5 + 0.5 * np.sin(np.arctan2(points[:, 0], points[:, 2]) * 18)
+        brush.dim(torso * pleats**3 * (y < 0.99), 0.86)
+    if top == "blazer":
+        pocket = np.maximum(np.abs(x - 0.105) - 0.038, np.abs(y - 0.915) - 0.005)
+        brush.dim(torso * front * brush.inside(pocket), 0.65)
+    if top == "jacket":
+        pocket = np.maximum(np.abs(x - 0.09 - 0.25 * (y - 0.96)) - 0.003, np.abs(y - 0.96) - 0.05)
+        brush.dim(torso * front * brush.inside(pocket), 0.6)
+    if rng.uniform() < 0.3 and top in ("polo shirt", "button-down shirt"):
+        pocket = np.maximum(np.abs(points[:, 0] - 0.075) - 0.036, np.abs(y - 1.19) - 0.042)
+        brush.dim(torso * front * brush.inside(np.abs(pocket) - 0.002), 0.72)
 
 
-def paint_hair(colours: np.ndarray, outfit: Outfit, maps: BodyMaps, rng: np.random.Generator):
+def paint_shirt_front(brush: Brush, top: str, front: np.ndarray, torso: np.ndarray, trim: float) -> None:
+    """Collar, placket and buttons. front: (K,) share of the torso's front."""
+    x, y = np.abs(brush.maps.position[:, 0]), brush.maps.position[:, 1]
+    brush.dim(torso * brush.inside(np.maximum(1.335 - y - 0.35 * np.maximum(x - 0.05, 0), x - 0.10)), trim)
+    if top == "blouse":
+        return
+    lowest = 1.20 if top == "polo shirt" else HEMS[top]
+    brush.dim(front * brush.inside(np.maximum(np.abs(x - 0.012) - 0.0015, lowest - y)), 0.75)
+    button = np.hypot(x, np.mod(y, 0.075) - 0.0375) - 0.0055
+    brush.lay(front * brush.inside(np.maximum(button, lowest + 0.01 - y)), (0.93, 0.93, 0.90), DETAIL)
+
+
+def paint_lapels(brush: Brush, top: str, front: np.ndarray, torso: np.ndarray, trim: float) -> None:
+    """What an open jacket, blazer or tuxedo shows under it, and its lapels."""
+    x, y = np.abs(brush.maps.position[:, 0]), brush.maps.position[:, 1]
+    lowest = {"jacket": HEMS["jacket"], "blazer": 1.10, "tuxedo": 1.06}[top]
+    width = 0.022 + 0.05 * np.maximum(y - 1.2, 0) if top == "jacket" else 0.30 * (y - lowest)
+    inner = front * brush.inside(np.maximum(lowest - y, x - width))
+    under = (196, 198, 202) if top == "jacket" else (238, 238, 236)
+    brush.lay(inner, jitter(under, brush.rng, 0.03), DETAIL)
+    lapel = 0.010 if top == "jacket" else 0.034 * np.clip((y - lowest) / 0.1, 0, 1)
+    brush.dim(front * (1 - inner) * brush.inside(np.maximum(lowest - y, x - width - lapel)), trim)
+    brush.dim(front * (1 - inner) * brush.inside(np.abs(x - width - lapel) - 0.0015) * (y > lowest), 0.6)
+    if top == "jacket":
+        brush.dim(front * brush.inside(np.abs(x - width) - 0.002), 0.6)  # zip
+        return
+    brush.dim(front * brush.inside(np.maximum(x - 0.0015, y - lowest)), 0.7)  # closed below
+    for height in (lowest - 0.02, lowest - 0.10):
+        brush.lay(front * brush.inside(np.hypot(x, y - height) - 0.007), (0.10, 0.10, 0.11), DETAIL)
+    if top == "tuxedo":
+        for height in (1.28, 1.21, 1.14):
+            brush.lay(inner * brush.inside(np.hypot(x, y - height) - 0.004), (0.08, 0.08, 0.09))
+        bow = np.maximum(np.abs(y - 1.335) - 0.005 - 0.30 * x, x - 0.042)
+        brush.lay((front > 0) * brush.inside(bow), (0.07, 0.07, 0.08), DETAIL)
+
+
+def paint_hood(brush: Brush, top: str, front: np.ndarray, torso: np.ndarray, trim: float) -> None:
+    """The hood round the neck, its strings and the pocket."""
+    points = brush.maps.position
+    x, y = np.abs(points[:, 0]), points[:, 1]
+    brush.dim(torso * brush.inside(np.where(points[:, 2] > 0.02, 1.33 - y + 0.5 * x, 1.27 - y + 0.4 * x)), 0.82)
+    brush.lay(front * brush.inside(np.maximum(np.abs(x - 0.022) - 0.003, np.abs(y - 1.26) - 0.055)), (0.92, 0.92, 0.90))
+    slant = np.maximum(np.abs(y - 0.955) - 0.065, x - 0.14 + 0.7 * np.maximum(y - 0.95, 0))
+    brush.dim(front * brush.inside(np.abs(slant) - 0.003), 0.66)
+
+
+def paint_hair(brush: Brush, outfit: Outfit) -> None:
+    maps, rng = brush.maps, brush.rng
     points = maps.position
     x, y, z = np.abs(points[:, 0]), points[:, 1], points[:, 2]
-    long_hair = outfit.person in ("woman", "young girl", "elder woman")
-    hairline = 1.575 + 0.003 * np.sin(points[:, 0] * 130) - 0.5 * np.maximum(x - 0.045, 0)
-    scalp = maps.is_head & ((y > hairline) | ((z < 0.045) & (y > 1.50)) | ((z < 0.0) & (y > 1.455)))
-    if not long_hair:
-        scalp &= ~(maps.is_head & (x > 0.078) & (y < 1.545) & (z > -0.02))  # ears
+    female = outfit.person in FEMALE
+    ragged = 0.004 * grain(points[:, 0] / 0.004, z / 0.02, rng) + 0.004 * np.sin(points[:, 0] * rng.uniform(60, 110))
+    hairline = rng.uniform(1.567, 1.582) + ragged - 0.5 * np.maximum(x - 0.045, 0)
+    # Signed distances: above the hairline in front; behind the ears down to the nape.
+    cap = hairline - y
+    sides = np.maximum(z - 0.045 - ragged, 1.505 - y)
+    nape = np.maximum(z, (1.452 if not female else 1.30) - y)
+    scalp = maps.is_head * brush.inside(np.minimum(np.minimum(cap, sides), nape), 0.006)
+    ears = maps.is_head & (x > 0.078) & (y < 1.545) & (z > -0.02)
+    if female:
+        length = rng.uniform(1.24, 1.40)
+        falls = np.maximum(np.maximum(length + ragged - y, y - 1.46), np.maximum(z + 0.02, x - 0.10))
+        framing = np.minimum(np.maximum(0.060 + ragged - x, z - 0.075), z - 0.035)
+        scalp = np.maximum(scalp, maps.is_head * brush.inside(np.maximum(framing, length - y), 0.006))
+        scalp = np.maximum(
+            scalp, (maps.is_neck & ~maps.is_head) * brush.inside(np.maximum(z + 0.005, length - y), 0.006)
+        )
+        scalp = np.maximum(scalp, (maps.arm < 0) * brush.inside(falls, 0.006))
     else:
-        scalp |= (maps.is_head | maps.is_neck) & (z < 0.035)
-        scalp |= (y > 1.25) & (y < 1.46) & (z < -0.02) & (x < 0.10) & (maps.arm < 0)
-        scalp |= maps.is_head & (x > 0.058) & (z < 0.075)
-    scalp &= ~maps.is_eye
-    angle = np.arctan2(points[:, 0], z - 0.03)[scalp]
-    strands = np.sin(angle * 46 + 3 * smooth_noise(points[scalp], rng, 0.12)) * 0.10
-    strands += smooth_noise(points[scalp], rng, 0.05) * 0.07
-    colours[scalp] = jitter(HAIR[outfit.hair], rng, 0.10) * (1 + strands)[:, None]
+        scalp = scalp * ~ears
+    scalp = scalp * ~maps.is_eye
+    angle = np.arctan2(points[:, 0], z - 0.03)
+    flow = angle * 26 + 2.5 * smooth_noise(points, rng, 0.10)
+    strands = 0.13 * grain(flow, y / 0.05, rng) + 0.09 * grain(flow * 2.7, y / 0.03, rng)
+    shine = 0.16 * np.exp(-(((maps.normal[:, 1] - 0.55) / 0.18) ** 2))
+    colour = jitter(HAIR[outfit.hair], rng, 0.08) * (1 + strands + shine)[:, None]
+    brush.lay(scalp, np.clip(colour + 0.02 * shine[:, None], 0, 1), HAIR_REGION)
 
 
 def generic_picture(rng: np.random.Generator, size: int) -> torch.Tensor:

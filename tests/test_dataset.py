@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from atlas_dataset import procedural
+from atlas_dataset import grammar, procedural
 from atlas_dataset.build_atlas_large import main as build_main
 from atlas_dataset.building import build_dataset
 from atlas_dataset.dataset import INFO_FILE, ATLASLarge, HuggingFaceATLAS, ProceduralTextures, read_prompts
@@ -358,36 +358,86 @@ def test_unreadable_data_sets(tmp_path):
 
 
 def test_procedural_textures_wear_what_the_prompt_says():
-    outfit = procedural.Outfit("Asian", "woman", "green", "long sleeve shirt", "orange", "shorts", "blonde")
-    texture = procedural.paint_texture(outfit, 3, 128)
+    outfit = grammar.Outfit("Asian", "woman", "green", "long sleeve shirt", "orange", "shorts", "blonde")
+    painting = procedural.paint(outfit, 3, 128)
+    texture = painting.texture
     assert texture.shape == (4, 128, 128) and texture.min() >= 0 and texture.max() <= 1
-    assert torch.equal(texture, procedural.paint_texture(outfit, 3, 128))
-    assert not torch.equal(texture, procedural.paint_texture(outfit, 4, 128))
+    assert torch.equal(texture, procedural.paint(outfit, 3, 128).texture)
+    assert not torch.equal(texture, procedural.paint(outfit, 4, 128).texture)
     maps, colours = procedural.body_maps(128), texture[:3, texture[3] > 0].T.numpy()
     y, arm = maps.position[:, 1], maps.arm
 
     def distance(where, colour):
         return np.abs(np.median(colours[where], 0) - np.array(colour) / 255).max()
 
-    assert distance((arm < 0) & (y > 1.0) & (y < 1.2), procedural.COLOURS["green"]) < 0.12
-    assert distance((arm > 0.6) & (arm < 0.9), procedural.COLOURS["green"]) < 0.12, "a long sleeve"
-    assert distance((arm < 0) & (y > 0.6) & (y < 0.9), procedural.COLOURS["orange"]) < 0.12
-    assert distance((arm < 0) & (y > 0.2) & (y < 0.4), procedural.ETHNICITIES["Asian"]) < 0.12, "bare legs"
-    assert distance(maps.is_head & (y > 1.6), procedural.HAIR["blonde"]) < 0.15
+    assert distance((arm < 0) & (y > 1.0) & (y < 1.2), grammar.COLOURS["green"]) < 0.12
+    assert distance((arm > 0.6) & (arm < 0.9), grammar.COLOURS["green"]) < 0.12, "a long sleeve"
+    assert distance((arm < 0) & (y > 0.6) & (y < 0.9), grammar.COLOURS["orange"]) < 0.12
+    assert distance((arm < 0) & (y > 0.2) & (y < 0.4), grammar.ETHNICITIES["Asian"]) < 0.12, "bare legs"
+    assert distance(maps.is_head & (y > 1.6), grammar.HAIR["blonde"]) < 0.15
+
+    regions = painting.regions.numpy()
+    assert ((regions > procedural.OUTSIDE) == maps.mask).all()
+    for region, colour in (
+        (procedural.TOP, grammar.COLOURS["green"]), (procedural.BOTTOM, grammar.COLOURS["orange"]),
+        (procedural.HAIR_REGION, grammar.HAIR["blonde"]), (procedural.SKIN, grammar.ETHNICITIES["Asian"]),
+    ):  # fmt: skip
+        assert (regions == region).sum() > 300
+        assert distance(regions[maps.mask] == region, colour) < 0.12
 
 
-@pytest.mark.parametrize("top", procedural.TOPS)
+def test_outfits_are_what_the_grammar_allows_and_one_in_ten_is_held_out():
+    rng = np.random.default_rng(0)
+    outfits = [grammar.sample_outfit(rng) for _ in range(600)]
+    assert not any(outfit.held_out for outfit in outfits) and grammar.sample_outfit(rng, held_out=True).held_out
+    for outfit in outfits:
+        assert (outfit.top == "tuxedo" and outfit.person not in grammar.FEMALE) or outfit.top != "tuxedo"
+        assert outfit.person in grammar.FEMALE or (outfit.top != "dress" and outfit.bottom != "skirt")
+        assert bool(outfit.bottom) == (outfit.top not in ("dress", "tuxedo"))
+        assert all(word in outfit.prompt for word in (outfit.ethnicity, outfit.person, outfit.top_style, outfit.top))
+        assert outfit.top in outfit.sentence(rng) and outfit.top_style in outfit.sentence(rng)
+    assert {outfit.top for outfit in outfits} == {*grammar.TOPS, "dress", "tuxedo"}
+    dress = grammar.Outfit("white", "woman", "yellow", "dress", "", "", "black", "red")
+    assert dress.prompt == "white, woman, yellow dress, black hair, red sneakers"
+    assert (dress.sleeve_length, dress.leg_length) == ("short", "short")
+    assert "a yellow dress and red sneakers" in " ".join(dress.sentence(rng) for _ in range(20))
+
+
+@pytest.mark.parametrize("top", grammar.TOPS)
 def test_every_garment_and_pattern_paints(top):
-    for style, person, bottom in zip(procedural.STYLES, procedural.PERSONS * 2, procedural.BOTTOMS * 4):
-        outfit = procedural.Outfit("white", person, style, top, style, bottom, "brown")
-        assert procedural.paint_texture(outfit, 0, 64).isfinite().all()
+    for style, person, bottom in zip(grammar.STYLES, grammar.PERSONS * 3, ("jeans", "pants", "shorts", "skirt") * 5):
+        outfit = grammar.Outfit("white", person, style, top, style, bottom, "brown", "red" if style == "navy" else "")
+        assert procedural.paint(outfit, 0, 64).texture.isfinite().all()
+
+
+@pytest.mark.parametrize("top,person", [("dress", "woman"), ("tuxedo", "man")])
+def test_one_pieces_cover_the_legs(top, person):
+    outfit = grammar.Outfit("white", person, "red", top, "", "", "brown")
+    painting, maps = procedural.paint(outfit, 0, 64), procedural.body_maps(64)
+    thighs = (maps.arm < 0) & (maps.position[:, 1] > 0.6) & (maps.position[:, 1] < 0.8) & ~maps.is_hand
+    assert (painting.regions.numpy()[maps.mask][thighs] == procedural.TOP).mean() > 0.95
+
+
+def test_other_layouts_hold_the_whole_body_in_other_places():
+    """What the base is pretrained on: every part is there, none where Anny's own layout has it."""
+    outfit = grammar.Outfit("white", "man", "red", "sweater", "blue", "pants", "black")
+    own, others = procedural.paint(outfit, 0, 64), [procedural.paint(outfit, 0, 64, layout=n) for n in range(3)]
+    for other in others:
+        assert set(other.regions.unique().tolist()) >= {
+            procedural.SKIN, procedural.TOP, procedural.BOTTOM, procedural.HAIR_REGION, procedural.SHOES
+        }  # fmt: skip
+        both = (own.regions > 0) & (other.regions > 0)
+        assert (own.regions[both] == other.regions[both]).float().mean() < 0.6
+    assert not torch.equal(others[0].regions, others[1].regions)
+    body = procedural.other_layout(0)
+    assert body.uvs.min() >= 0 and body.uvs.max() <= 1
 
 
 def test_garments_meet_at_seams():
     """Texels at one place on the body, on both sides of a UV seam, have nearly the same colour."""
-    outfit = procedural.Outfit("white", "man", "blue", "sweater", "green", "pants", "brown")
+    outfit = grammar.Outfit("white", "man", "blue", "sweater", "green", "pants", "brown")
     size, body = 256, load_body("anny")
-    texture = procedural.paint_texture(outfit, 0, size)
+    texture = procedural.paint(outfit, 0, size).texture
     texture = fill_outside(texture[:3], texture[3] > 0)
     pairs: dict[int, list[int]] = {}
     for vertex, uv in zip(body.faces.flatten().tolist(), body.uv_faces.flatten().tolist()):
@@ -404,14 +454,9 @@ def test_garments_meet_at_seams():
     assert differences.median() < 0.06
 
 
-def test_prompts_and_held_out_combinations():
-    rng = np.random.default_rng(0)
-    outfits = [procedural.sample_outfit(rng) for _ in range(200)]
-    assert not any(outfit.held_out for outfit in outfits)
-    assert all(procedural.sample_outfit(rng, held_out=True).held_out for _ in range(20))
-    assert procedural.Outfit("white", "woman", "black", "shirt", "striped", "jeans", "black").prompt == (
+def test_prompts_and_procedural_rows():
+    assert grammar.Outfit("white", "woman", "black", "shirt", "striped", "jeans", "black").prompt == (
         "white, woman, black shirt, striped jeans, black hair"
     )
-    assert "wearing" in outfits[0].sentence(rng) or outfits[0].hair in outfits[0].sentence(rng)
     first, second = ProceduralTextures(3, 64)[1], ProceduralTextures(3, 64)[1]
     assert first == second and ProceduralTextures(3, 64, held_out=True)[1][1] != first[1]
