@@ -16,6 +16,7 @@ lint: .venv/.ready-test
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -r requirements.txt
 	touch $@
-.venv/.ready-test: .venv/.ready tests/requirements.txt
+.venv/.ready-test: .venv/.ready tests/requirements.txt tests/package-lock.json
 	$(BIN)/python -m pip install -q -r tests/requirements.txt
+	if command -v npm >/dev/null; then npm ci --prefix tests --no-audit --no-fund --silent; fi  # the glTF validator
 	touch $@

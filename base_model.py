@@ -106,7 +106,9 @@ def load_base(
     vision = processor = None
     if image_encoder is not None:
         name = resolve_source(image_encoder)
-        vision, processor = load(CLIPVisionModel, name, dtype=dtype), load(CLIPImageProcessorPil, name)
+        vision = load(CLIPVisionModel, name, dtype=dtype)
+        is_bare = Path(name).is_dir() and not (Path(name) / "preprocessor_config.json").exists()  # TexDreamer's
+        processor = CLIPImageProcessorPil() if is_bare else load(CLIPImageProcessorPil, name)
     elif (Path(source) / "image_encoder").is_dir():
         vision = load(CLIPVisionModel, folder="image_encoder", dtype=dtype)
         processor = load(CLIPImageProcessorPil, folder="feature_extractor")

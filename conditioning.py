@@ -77,6 +77,28 @@ def encode_prompts(base: BaseModel, prompts: list[str]) -> Tensor:
 
 
 @torch.no_grad()
+def encode_long_prompt(base: BaseModel, prompt: str) -> Tensor:
+    """A prompt of any length → encoder_hidden_states (1, n * L, D): what is over the limit goes through the text
+    encoder in further pieces of the same length, whose states follow one another in the UNet's context."""
+    tokenizer, room = base.tokenizer, base.context_tokens - 2
+    words = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+    pieces = [words[start : start + room] for start in range(0, max(1, len(words)), room)]
+    padded = [[tokenizer.bos_token_id, *piece, tokenizer.eos_token_id] for piece in pieces]
+    input_ids = torch.tensor([
+        row + [tokenizer.pad_token_id] * (base.context_tokens - len(row)) for row in padded
+    ])  # fmt: skip
+    states = base.text_encoder(input_ids.to(base.device)).last_hidden_state.float()
+    return states.flatten(0, 1)[None]
+
+
+def same_length(*states: Tensor) -> list[Tensor]:
+    """(B, L, D) each, the longest a multiple of the others: repeats the shorter, which changes nothing they say, since
+    attention weighs each copy alike."""
+    longest = max(part.shape[1] for part in states)
+    return [part.repeat(1, longest // part.shape[1], 1) for part in states]
+
+
+@torch.no_grad()
 def encode_images(base: BaseModel, images: Tensor) -> Tensor:
     """images: (B, 3, S, S) in [-1, 1], S the image encoder's size → all its tokens: (B, T, image_dim) float32."""
     mean, std = (

@@ -211,6 +211,8 @@ class Output(Section):
 class Inference(Section):
     num_inference_steps: Positive = 30
     guidance_scale: Annotated[Number, Field(ge=1)] = 3.0
+    image_guidance_scale: Annotated[Number, Field(ge=1)] | None = None  # from a picture alone; null: guidance_scale
+    sampler: Literal["auto", "dpmsolver++", "euler_a", "ddim", "pndm", "unipc"] = "auto"  # auto: what fits the schedule
     negative_prompt: str = ""
 
 

@@ -3,12 +3,24 @@
 Pixels are in [-1, 1] everywhere in the project; only PNG files and renders are in [0, 1].
 """
 
+import inspect
 from collections.abc import Callable
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.training_utils import compute_snr
 from torch import Tensor
+
+SAMPLERS = {
+    "dpmsolver++": DPMSolverMultistepScheduler, "euler_a": EulerAncestralDiscreteScheduler, "ddim": DDIMScheduler,
+    "pndm": PNDMScheduler, "unipc": UniPCMultistepScheduler,
+}  # fmt: skip
 
 
 def cpu_has_bf16() -> bool:
@@ -76,40 +88,67 @@ def min_snr_weight(noise_scheduler, timesteps: Tensor, gamma: float) -> Tensor:
     return snr.clamp(max=gamma) / (snr + 1)
 
 
-def inference_scheduler(noise_scheduler):
-    """DPM-Solver++ 2M (Lu et al. 2022) on the base's schedule; DDIM where that ends in pure noise.
+def inference_scheduler(noise_scheduler, sampler: str = "auto"):
+    """A sampler of SAMPLERS on the base's schedule. "auto" is DPM-Solver++ 2M (Lu et al. 2022), and DDIM where the
+    schedule ends in pure noise.
 
     At zero terminal SNR the first step starts at log-SNR minus infinity, where a multistep solver has no slope.
     Timesteps are spaced from the last one downwards ("trailing", Lin et al. 2024).
     """
+    if sampler == "auto":
+        sampler = "ddim" if noise_scheduler.config.get("rescale_betas_zero_snr") else "dpmsolver++"
     options = dict(timestep_spacing="trailing", clip_sample=False, thresholding=False)
-    if noise_scheduler.config.get("rescale_betas_zero_snr"):
-        return DDIMScheduler.from_config(noise_scheduler.config, **options)
-    return DPMSolverMultistepScheduler.from_config(noise_scheduler.config, **options)
+    if sampler == "pndm":
+        options["skip_prk_steps"] = True
+    return SAMPLERS[sampler].from_config(noise_scheduler.config, **options)
 
 
 @torch.no_grad()
 def sample_latents(
-    unet, noise_scheduler, encoder_hidden_states: Tensor, negative_hidden_states: Tensor, latents: Tensor,
-    num_inference_steps: int, guidance_scale: float, on_step: Callable[[], None] = lambda: None,
+    unet, noise_scheduler, conditions: list[tuple[Tensor, float]], negative_hidden_states: Tensor, noise: Tensor,
+    num_inference_steps: int, sampler: str = "auto", eta: float = 0.0, seeds: list[int] | None = None,
+    init_latents: Tensor | None = None, strength: float = 1.0, mask: Tensor | None = None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:  # fmt: skip
-    """Denoises with classifier-free guidance (Ho & Salimans 2022): negative + scale · (positive - negative).
+    """Denoises with classifier-free guidance from one condition or several (Ho & Salimans 2022; composed as in Liu et
+    al. 2022): negative + sum of scale · (condition - negative), all in one UNet batch.
 
-    encoder_hidden_states, negative_hidden_states: (B, L, D); latents: (B, 4, h, w) unit noise → (B, 4, h, w).
-    A guidance_scale of 1 runs the UNet once a step.
+    conditions: encoder_hidden_states (B, L, D) and guidance scale of each; negative_hidden_states: (B, L, D); noise:
+    (B, 4, h, w) of unit scale → latents (B, 4, h, w). A single scale of 1 runs the UNet once a step. eta: DDIM's share
+    of fresh noise; seeds: of the noise that DDIM with eta and Euler ancestral add, one a row. init_latents: (B, 4, h,
+    w) to start from, of which `strength` in (0, 1] is made anew (SDEdit, Meng et al. 2022). mask: (h, w) in [0, 1], 1
+    where they are made anew; elsewhere each step starts from init_latents with its noise (Lugmayr et al. 2022).
     """
-    scheduler = inference_scheduler(noise_scheduler)
-    scheduler.set_timesteps(num_inference_steps, device=latents.device)
-    latents = latents * scheduler.init_noise_sigma
-    guided = guidance_scale != 1
-    context = torch.cat([negative_hidden_states, encoder_hidden_states]) if guided else encoder_hidden_states
-    for timestep in scheduler.timesteps:
+    scheduler = inference_scheduler(noise_scheduler, sampler)
+    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    timesteps = scheduler.timesteps
+    latents = noise * scheduler.init_noise_sigma
+    if init_latents is not None and strength < 1:
+        first = len(timesteps) - max(1, round(strength * len(timesteps)))
+        timesteps = timesteps[first:]
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
+        latents = scheduler.add_noise(init_latents, noise, timesteps[:1].expand(len(noise)))
+    options = {}
+    accepted = inspect.signature(scheduler.step).parameters
+    if "eta" in accepted:
+        options["eta"] = eta
+    if "generator" in accepted and seeds is not None:
+        options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+    scales = [scale for _, scale in conditions]
+    guided = scales != [1]
+    states = [states for states, _ in conditions]
+    context = torch.cat([negative_hidden_states, *states] if guided else states)
+    for timestep in timesteps:
+        if mask is not None:
+            known = scheduler.add_noise(init_latents, noise, timestep[None].expand(len(noise)))
+            latents = mask * latents + (1 - mask) * known
         model_input = scheduler.scale_model_input(latents, timestep)
-        model_input = torch.cat([model_input] * 2) if guided else model_input
+        model_input = model_input.repeat(len(context) // len(latents), 1, 1, 1)
         noise_pred = unet(model_input.to(unet.dtype), timestep, context.to(unet.dtype)).sample.float()
         if guided:
-            negative, positive = noise_pred.chunk(2)
-            noise_pred = negative + guidance_scale * (positive - negative)
-        latents = scheduler.step(noise_pred, timestep, latents).prev_sample
+            negative, *positives = noise_pred.split(len(latents))
+            noise_pred = negative + sum(scale * (positive - negative) for scale, positive in zip(scales, positives))
+        latents = scheduler.step(noise_pred, timestep, latents, **options).prev_sample
         on_step()
-    return latents
+    return latents if mask is None else mask * latents + (1 - mask) * init_latents

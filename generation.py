@@ -6,29 +6,39 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from checkpoints import TrainedModel
-from conditioning import blend, encode_images, encode_prompts
+from conditioning import blend, encode_images, encode_long_prompt, encode_prompts, same_length
 from diffusion import decode_latents, sample_latents
 from errors import UserError
 from images import image_from_pixels, prepare_image
+from render.seams import fix_seams
 from render.utils import Body, fill_outside, uv_mask
 
 ROWS_AT_ONCE = 8  # bounds the memory of a large --num
 
 
 @torch.no_grad()
+def prompt_condition(trained: TrainedModel, prompt: str) -> Tensor:
+    """encoder_hidden_states (1, n * L, D) of a prompt of any length, in the checkpoint's template."""
+    return encode_long_prompt(trained.base, trained.cfg.model.prompt_template.format(prompt=prompt))
+
+
+@torch.no_grad()
+def picture_condition(trained: TrainedModel, images: list[Image.Image]) -> Tensor:
+    """encoder_hidden_states (1, L, D) of one picture of a person, or of several: the aligner reads all their tokens."""
+    if trained.aligner is None:
+        raise UserError("this checkpoint was trained on text alone, it has no aligner; give --prompt, not --image")
+    size = trained.base.image_encoder.config.image_size
+    image_tokens = encode_images(trained.base, torch.stack([prepare_image(image, size) for image in images]))
+    return trained.aligner(image_tokens.flatten(0, 1)[None])
+
+
 def condition(trained: TrainedModel, prompt: str | None, image: Image.Image | None, img_weight: float) -> Tensor:
-    """encoder_hidden_states (1, L, D) from a prompt, a picture, or both blended by img_weight in [0, 1]."""
-    text_states = image_states = None
-    if prompt is not None:
-        text_states = encode_prompts(trained.base, [trained.cfg.model.prompt_template.format(prompt=prompt)])
-    if image is not None:
-        if trained.aligner is None:
-            raise UserError("this checkpoint was trained on text alone, it has no aligner; give --prompt, not --image")
-        size = trained.base.image_encoder.config.image_size
-        image_states = trained.aligner(encode_images(trained.base, prepare_image(image, size)[None]))
+    """encoder_hidden_states (1, n * L, D) from a prompt, a picture, or both blended by img_weight in [0, 1]."""
+    text_states = None if prompt is None else prompt_condition(trained, prompt)
+    image_states = None if image is None else picture_condition(trained, [image])
     if text_states is None or image_states is None:
         return image_states if text_states is None else text_states
-    return blend(text_states, image_states, img_weight)
+    return blend(*same_length(text_states, image_states), img_weight)
 
 
 def unit_noise(trained: TrainedModel, seeds: list[int]) -> Tensor:
@@ -44,25 +54,38 @@ def generate(
     trained: TrainedModel, encoder_hidden_states: Tensor, negative_prompt: str, seeds: list[int],
     num_inference_steps: int, guidance_scale: float, **options,
 ) -> Tensor:  # fmt: skip
-    """encoder_hidden_states: (B, L, D), a seed a row → textures (B, 3, R, R) in [-1, 1]."""
-    base = trained.base
+    """encoder_hidden_states: (B, L, D), a seed a row → textures (B, 3, R, R) in [-1, 1]. options: of sample_latents."""
+    return generate_guided(
+        trained, [(encoder_hidden_states, guidance_scale)], negative_prompt, seeds, num_inference_steps, **options
+    )
+
+
+def generate_guided(
+    trained: TrainedModel, conditions: list[tuple[Tensor, float]], negative_prompt: str, seeds: list[int],
+    num_inference_steps: int, **options,
+) -> Tensor:  # fmt: skip
+    """The same from several conditions, each (B, L, D) with a guidance scale of its own."""
+    base, pictures = trained.base, []
     negative = encode_prompts(base, [negative_prompt])
-    pictures = []
     for start in range(0, len(seeds), ROWS_AT_ONCE):
-        context, noise = encoder_hidden_states[start : start + ROWS_AT_ONCE], seeds[start : start + ROWS_AT_ONCE]
+        some = slice(start, start + ROWS_AT_ONCE)
+        against, *states = same_length(negative, *(states[some] for states, _ in conditions))
+        here = [(part, scale) for part, (_, scale) in zip(states, conditions)]
         latents = sample_latents(
-            base.unet, base.noise_scheduler, context, negative.expand_as(context), unit_noise(trained, noise),
-            num_inference_steps, guidance_scale, **options,
+            base.unet, base.noise_scheduler, here, against.expand_as(states[0]), unit_noise(trained, seeds[some]),
+            num_inference_steps, seeds=seeds[some], **options,
         )  # fmt: skip
         pictures.append(decode_latents(base.vae, latents))
     return torch.cat(pictures)
 
 
-def finish_texture(pixel_values: Tensor, body: Body, size: int = 1024) -> Image.Image:
+def finish_texture(pixel_values: Tensor, body: Body, size: int = 1024, seam_fix: bool = False) -> Image.Image:
     """(3, R, R) in [-1, 1] → size x size RGBA: alpha is the UV mask, colours run on past the islands' edges."""
     pixels = F.interpolate(
         pixel_values[None].float(), size=(size, size), mode="bicubic", align_corners=False, antialias=True
     )[0].clamp(-1, 1)
     mask = uv_mask(body, size)
     pixels = fill_outside(pixels.cpu(), mask)
+    if seam_fix:
+        pixels = fill_outside(fix_seams(body, (pixels + 1) / 2) * 2 - 1, mask)
     return image_from_pixels(torch.cat([pixels, mask[None] * 2.0 - 1]))

@@ -1,5 +1,6 @@
 """LoRA on the UNet: adding it, saving it where others can load it, loading it from ours, diffusers' or PEFT's files."""
 
+import argparse
 import math
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
-from errors import UserError, reason
+from errors import UserError, exit_on_user_error, reason
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTED = ("unet", "text_encoder")
@@ -50,8 +51,8 @@ def lora_parameters(module) -> list[torch.nn.Parameter]:
 def save_lora(base, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Writes diffusers' LoRA file, with rank and alpha in its metadata, for `load_lora_weights` anywhere.
 
-    dtype: of the file. It holds the UNet's LoRA, and the text encoder's where there is one. The keys are PEFT's: diffusers' own older
-    names cover attention alone, and a file that mixes both loads half.
+    dtype: of the file. It holds the UNet's LoRA, and the text encoder's where there is one. The keys are PEFT's:
+    diffusers' own older names cover attention alone, and a file that mixes both loads half.
     """
     layers, metadata = {}, {}
     for name in ADAPTED:
@@ -87,10 +88,7 @@ def load_lora(base, path: str | Path) -> None:
         raise UserError(f"cannot load the LoRA at {path}: {reason(error)}; was it made for another base?") from error
     if not lora_parameters(base.unet):
         raise UserError(f"the LoRA at {path} has no weights for this UNet; was it made for another base?")
-    for parameter in (*lora_parameters(base.unet), *lora_parameters(base.text_encoder)):
-        parameter.requires_grad_(False)
-    base.unet.eval()  # new layers come in training mode, with LoRA's dropout
-    base.text_encoder.eval()
+    _freeze_lora(base)
 
 
 def _load_diffusers_file(base, file: Path) -> None:
@@ -107,16 +105,37 @@ def _load_diffusers_file(base, file: Path) -> None:
             raise ValueError(f"{found} of its {expected} weights fit this {name}")
 
 
-def _load_peft_adapter(unet, folder: Path) -> None:
-    """The seed's format: a PEFT model's folder, whose keys start with base_model.model."""
+def load_peft_adapters(base, folder: str | Path) -> None:
+    """TexDreamer's layout: a PEFT adapter in unet/ and, if there is one, in text_encoder/. Raises UserError as
+    `load_lora` does."""
+    for name in ADAPTED:
+        if (Path(folder) / name).is_dir():
+            try:
+                _load_peft_adapter(getattr(base, name), Path(folder) / name)
+            except Exception as error:  # peft, pickle and safetensors each have their own errors
+                raise UserError(
+                    f"cannot load the LoRA at {Path(folder) / name}: {reason(error)}; was it made for another base?"
+                ) from error
+    _freeze_lora(base)
+
+
+def _freeze_lora(base) -> None:
+    for parameter in (*lora_parameters(base.unet), *lora_parameters(base.text_encoder)):
+        parameter.requires_grad_(False)
+    base.unet.eval()  # new layers come in training mode, with LoRA's dropout
+    base.text_encoder.eval()
+
+
+def _load_peft_adapter(module, folder: Path) -> None:
+    """A PEFT model's folder (the seed's format), whose keys start with base_model.model."""
     weights = folder / "adapter_model.safetensors"
     if weights.exists():
         state = safetensors.torch.load_file(weights)
     else:
         state = torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)
-    unet.add_adapter(LoraConfig.from_pretrained(folder))
+    module.add_adapter(LoraConfig.from_pretrained(folder))
     state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
-    result = set_peft_model_state_dict(unet, state)
+    result = set_peft_model_state_dict(module, state)
     if result.unexpected_keys:
         raise ValueError(
             f"{len(result.unexpected_keys)} of its weights fit no layer, such as {result.unexpected_keys[0]}"
@@ -125,3 +144,67 @@ def _load_peft_adapter(unet, folder: Path) -> None:
 
 def all_finite(tensors) -> bool:
     return all(math.isfinite(float(tensor.detach().sum())) for tensor in tensors)
+
+
+FORMATS = ("kohya", "peft")
+
+
+def export_lora(file: str | Path, kind: str, out: str | Path) -> Path:
+    """Our LoRA file in the layout of other tools → the path to give to them.
+
+    kohya: one .safetensors with kohya's keys and an alpha for each layer, for ComfyUI and A1111. peft: a folder of
+    adapter_config.json and adapter_model.safetensors, for peft.PeftModel. Raises UserError for another kind of file.
+    """
+    state, _, metadata = StableDiffusionPipeline.lora_state_dict(
+        str(Path(file).parent), weight_name=Path(file).name, return_lora_metadata=True, local_files_only=True
+    )
+    if not metadata or kind not in FORMATS:
+        raise UserError(f"{file} does not hold its alpha, or {kind!r} is none of {', '.join(FORMATS)}")
+    out = Path(out)
+    if kind == "peft":
+        config = {key.removeprefix("unet."): value for key, value in metadata.items() if key.startswith("unet.")}
+        out.mkdir(parents=True, exist_ok=True)
+        weights = {f"base_model.model.{key.removeprefix('unet.')}": value.contiguous() for key, value in state.items()
+                   if key.startswith("unet.")}  # fmt: skip
+        safetensors.torch.save_file(weights, out / "adapter_model.safetensors", {"format": "pt"})
+        LoraConfig(**{key: value for key, value in config.items() if key in LoraConfig.__dataclass_fields__}
+                   ).save_pretrained(out)  # fmt: skip
+        return out
+    weights = {}
+    for key, value in state.items():
+        part, _, name = key.partition(".")
+        module, _, side = (
+            name.replace(".lora_A.weight", " lora_down").replace(".lora_B.weight", " lora_up").partition(" ")
+        )
+        if side not in ("lora_down", "lora_up"):
+            raise UserError(f"{file} has {name}, which kohya's layout has no place for; export it as peft")
+        prefix = {"unet": "lora_unet", "text_encoder": "lora_te"}[part]
+        target = f"{prefix}_{module.replace('.', '_')}"
+        weights[f"{target}.{side}.weight"] = value.contiguous()
+        scale = metadata[f"{part}.lora_alpha"]
+        if metadata.get(f"{part}.use_rslora"):
+            scale = scale * metadata[f"{part}.r"] ** 0.5
+        weights[f"{target}.alpha"] = torch.tensor(float(scale))
+    path = out.with_suffix(".safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(weights, path)
+    return path
+
+
+def main():
+    parser = argparse.ArgumentParser(description="LoRA files for other tools.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    export = commands.add_parser("export", help="write a checkpoint's LoRA in the layout of another tool")
+    export.add_argument("checkpoint", type=Path, help="a checkpoint's folder, or its LoRA file")
+    export.add_argument("--format", choices=FORMATS, required=True, help="kohya: ComfyUI, A1111; peft: PEFT")
+    export.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    with exit_on_user_error():
+        file = args.checkpoint / LORA_FILE if args.checkpoint.is_dir() else args.checkpoint
+        if not file.is_file():
+            raise UserError(f"no {LORA_FILE} in {args.checkpoint}; give a checkpoint's folder")
+        print(export_lora(file, args.format, args.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,11 +2,12 @@
 
     python pretrain_base.py --out embedded_base          # about an hour on 2 cores; continues where it stopped
 
-Four stages, each on captioned renders of procedurally dressed bodies, on their textures in other UV layouts and on
+Five stages, each on captioned renders of procedurally dressed bodies, on their textures in other UV layouts and on
 patchworks of fabric; no picture shows a texture in Anny's own layout, so making those is left to the joint training:
 1. tokenizer (byte-level BPE);  2. text and image encoder, contrastively (CLIP, Radford et al. 2021), with two views of
-an outfit (SLIP, Mu et al. 2022), captions that are nearly right, and the outfit's colours to tell;
-3. autoencoder;  4. UNet (v-prediction, zero terminal SNR: Lin et al. 2024).
+an outfit (SLIP, Mu et al. 2022), captions that are nearly right, and the outfit's colours to tell;  3. the image
+encoder alone, which is shown where the parts of an outfit are;  4. autoencoder;  5. UNet (v-prediction, zero terminal
+SNR: Lin et al. 2024).
 """
 
 import argparse
@@ -40,19 +41,20 @@ from transformers import (
 from atlas_dataset import procedural
 from atlas_dataset.building import prepare_renderer
 from atlas_dataset.grammar import ETHNICITIES, HAIR, STYLES, Outfit, sample_outfit
-from atlas_dataset.views import render_texture
+from atlas_dataset.views import frame_bodies, render_texture, sample_view
 from base_model import load_base
 from configuration import Render
 from diffusion import autocast, encode_posterior, resolve_precision, training_target
 from render.bodies import load_anny_body
 from render.rigs import load_rig
-from render.utils import fill_outside, look_at, orbit_cameras, render_views, studio_lights
+from render.utils import ambient_light, fill_outside, look_at, orbit_cameras, render_views, studio_lights
 
-RESOLUTION, PATCH = 256, 16  # side in pixels of a picture, and of what one latent stands for
+RESOLUTION, PATCH = 256, 8  # side in pixels of a picture, and of what one latent stands for
 CLIP_RESOLUTION = 128
 CAPTIONS = 4  # of a picture
 LAYOUTS = 12  # other ways to unwrap the body; Anny's own is left to the joint training
 VIEWS = 3  # of an outfit, for the image encoder
+OUTFIT_RENDER = Render(fill=[0.5, 0.95])
 PARTS = (procedural.TOP, procedural.BOTTOM, procedural.HAIR_REGION, procedural.SKIN)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PHENOTYPES = {  # Anny's axes: gender 0 male to 1 female; age 1/3 child, 2/3 adult, 1 old
@@ -128,9 +130,26 @@ def render_outfit(seed: int, index: int) -> tuple[np.ndarray, dict]:
     label["colours"] = [texture[:, mask].median(1).values.tolist() if mask.sum() > 40 else None for mask in masks]
     width = CLIP_RESOLUTION if index % 4 < 2 else CLIP_RESOLUTION * 3 // 4
     numbers, size = list(range(VIEWS)), (CLIP_RESOLUTION, width)
-    rendered = render_texture(load_rig("anny"), texture * 2 - 1, Render(fill=[0.5, 0.95]), seed, index, numbers, *size)
+    rendered = render_texture(load_rig("anny"), texture * 2 - 1, OUTFIT_RENDER, seed, index, numbers, *size)
     pictures = torch.stack([F.pad((picture + 1) / 2, ((CLIP_RESOLUTION - width) // 2,) * 2) for picture, _ in rendered])
     return (pictures * 255).round().to(torch.uint8).numpy(), label
+
+
+@torch.no_grad()
+def render_parts(seed: int, index: int) -> tuple[np.ndarray, dict]:
+    """Where `render_outfit` shows top, bottom and hair: each patch's share → (VIEWS, 3, 8, 8) uint8, 255 is all."""
+    outfit, rig = sample_outfit(np.random.default_rng([seed, index, 1])), load_rig("anny")
+    _, regions = painted(outfit, index)
+    shares = torch.stack([regions == part for part in PARTS[:3]]).float()
+    width = CLIP_RESOLUTION if index % 4 < 2 else CLIP_RESOLUTION * 3 // 4
+    views = [sample_view(OUTFIT_RENDER, rig, seed, index, number) for number in range(VIEWS)]
+    vertices = rig.vertices(views)
+    cameras, light = frame_bodies(vertices, views, width / CLIP_RESOLUTION), ambient_light(torch.ones(1, 3))
+    maps = render_views(
+        rig.body, shares[None], cameras, CLIP_RESOLUTION, width, light, torch.zeros(1, 3), vertices=vertices
+    )
+    maps = F.avg_pool2d(F.pad(maps, ((CLIP_RESOLUTION - width) // 2,) * 2), 16)
+    return (maps.clamp(0, 1) * 255).round().to(torch.uint8).numpy(), {}
 
 
 def confused(outfit: Outfit, rng: np.random.Generator) -> str:
@@ -251,7 +270,8 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
 
 
 def augment(pixel_values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """(B, 3, H, W) in [0, 1]: mirrored, zoomed, shifted and dimmed at random; the border's colour runs on outside."""
+    """(B, 3 or more, H, W) in [0, 1]: mirrored, zoomed and shifted at random, the first three channels dimmed; the
+    border's colour runs on outside."""
     rows = len(pixel_values)
 
     def uniform(low, high, *shape):
@@ -263,7 +283,8 @@ def augment(pixel_values: torch.Tensor, generator: torch.Generator) -> torch.Ten
     theta[:, :, 2] = uniform(-0.15, 0.15, 2)
     grid = F.affine_grid(theta, pixel_values.shape, align_corners=False).to(pixel_values.device)
     moved = F.grid_sample(pixel_values, grid, padding_mode="border", align_corners=False)
-    return (moved * uniform(0.85, 1.15, 1, 1, 1).to(moved.device)).clamp(0, 1)
+    moved[:, :3] *= uniform(0.85, 1.15, 1, 1, 1).to(moved.device)
+    return moved.clamp(0, 1)
 
 
 def train_clip(out: Path, work: Path, pictures, labels, steps: int, batch: int, device, precision) -> dict:
@@ -336,16 +357,62 @@ def train_clip(out: Path, work: Path, pictures, labels, steps: int, batch: int, 
     return summary
 
 
+def train_image(out: Path, work: Path, pictures, labels, parts, steps: int, batch: int, device, precision) -> dict:
+    """The image encoder goes on against the finished text encoder: its patches tell where top, bottom and hair are and,
+    pooled over them, which colour each has. parts: (N, VIEWS, 3, 8, 8) uint8 of `render_parts`."""
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
+    text = CLIPTextModelWithProjection.from_pretrained(out / "text_encoder", dtype=torch.float32).to(device).eval()
+    image = CLIPVisionModelWithProjection.from_pretrained(out / "image_encoder", dtype=torch.float32).to(device)
+    captioned = torch.tensor([bool(label["captions"]) for label in labels])
+    with torch.no_grad():
+        captions = [label["captions"][0] for label in labels if label["captions"]]
+        embeds = [text(tokenize(tokenizer, captions[start : start + 100]).to(device)).text_embeds
+                  for start in range(0, len(captions), 100)]  # fmt: skip
+    text_embeds = torch.zeros(len(labels), embeds[0].shape[1], device=device)
+    text_embeds[captioned.to(device)] = F.normalize(torch.cat(embeds), dim=-1)
+    colours = torch.tensor([[colour or [0.0] * 3 for colour in label["colours"]] for label in labels])  # (N, PARTS, 3)
+    has_colour = torch.tensor([[colour is not None for colour in label["colours"]] for label in labels])
+    torch.manual_seed(3)
+    width = image.config.hidden_size
+    heads = torch.nn.ModuleDict({
+        "where": torch.nn.Linear(width, len(PARTS)), "colours": torch.nn.Linear(width, 3 * len(PARTS))
+    }).to(device)  # fmt: skip
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+
+    def loss_fn(step):
+        rng = np.random.default_rng([5, step])
+        rows, views = rng.choice(len(parts), batch, replace=False), rng.integers(0, VIEWS, batch)
+        chosen = torch.from_numpy(np.stack([pictures[row, view] for row, view in zip(rows, views)])).float()
+        shares = F.interpolate(torch.from_numpy(parts[rows, views]).float(), size=CLIP_RESOLUTION)
+        both = augment(torch.cat([chosen, shares], 1).to(device) / 255, torch.Generator().manual_seed(step))
+        with autocast(device, precision):
+            encoded = image.vision_model(pixel_values=(both[:, :3] - mean) / std)
+            tokens = image.vision_model.post_layernorm(encoded.last_hidden_state[:, 1:])
+            image_embeds = F.normalize(image.visual_projection(encoded.pooler_output).float(), dim=-1)
+            where, guessed = heads["where"](tokens).float(), heads["colours"](tokens).float()
+        target = F.avg_pool2d(both[:, 3:], image.config.patch_size).flatten(2).transpose(1, 2)  # (B, patches, 3)
+        located = F.binary_cross_entropy_with_logits(where[..., :3], target)
+        guessed = (guessed.unflatten(-1, (len(PARTS), 3)) * (3 * where).softmax(1)[..., None]).sum(1)
+        error = (guessed - colours[rows].to(device)).abs().mean(-1)[has_colour[rows].to(device)].mean()
+        known = captioned[rows]
+        logits = 30 * image_embeds[known.to(device)] @ text_embeds[torch.from_numpy(rows)[known].to(device)].T
+        return 5 * located + 5 * error + 0.1 * F.cross_entropy(logits, torch.arange(len(logits), device=device))
+
+    summary = train_stage("image", work, {"image": image, "heads": heads}, loss_fn, steps, lr=1e-3)
+    image.half().save_pretrained(out / "image_encoder")
+    return summary
+
+
 def train_vae(out: Path, work: Path, pictures, steps: int, batch: int, device, precision) -> dict:
     torch.manual_seed(1)
     vae = AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=16, block_out_channels=(16, 32, 64, 96, 96), layers_per_block=1,
-        down_block_types=["DownEncoderBlock2D"] * 5, up_block_types=["UpDecoderBlock2D"] * 5, sample_size=RESOLUTION,
+        in_channels=3, out_channels=3, latent_channels=8, block_out_channels=(16, 32, 64, 96), layers_per_block=1,
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, sample_size=RESOLUTION,
         norm_num_groups=1,  # groups of two channels would lose the colour of flat areas
-    ).to(device, memory_format=torch.channels_last)  # fmt: skip
+    ).to(device)  # fmt: skip
     patchwork = torch.stack([procedural.generic_picture(np.random.default_rng([2, i]), 256) for i in range(192)])
 
-    def random_crop(rng: np.random.Generator, side: int = 96) -> torch.Tensor:
+    def random_crop(rng: np.random.Generator, side: int = 64) -> torch.Tensor:
         if rng.uniform() < 0.5:
             picture = torch.from_numpy(pictures[rng.integers(len(pictures))].copy()) / 255
         else:
@@ -360,7 +427,6 @@ def train_vae(out: Path, work: Path, pictures, steps: int, batch: int, device, p
     def loss_fn(step):
         rng = np.random.default_rng([3, step])
         pixel_values = torch.stack([random_crop(rng) for _ in range(batch)]).float().to(device) * 2 - 1
-        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         with autocast(device, precision):
             posterior = vae.encode(pixel_values).latent_dist
             decoded = vae.decode(posterior.sample()).sample
@@ -369,7 +435,7 @@ def train_vae(out: Path, work: Path, pictures, steps: int, batch: int, device, p
         coarse = F.avg_pool2d(error, 8).abs().mean()
         # The first three channels hold each patch's mean colour: learned at once, and smooth to diffuse in.
         anchor = F.mse_loss(posterior.mean[:, :3].float(), 2 * F.avg_pool2d(pixel_values, PATCH))
-        return error.abs().mean() + 0.3 * edges + coarse + 0.5 * anchor + 5e-5 * posterior.kl().mean() / 64
+        return error.abs().mean() + 0.3 * edges + coarse + 0.5 * anchor + 1e-5 * posterior.kl().mean() / 64
 
     summary = train_stage("vae", work, {"vae": vae}, loss_fn, steps, lr=2e-3)
     equalise(vae, torch.from_numpy(pictures[:256].copy()).to(device) / 127.5 - 1)
@@ -404,38 +470,39 @@ def train_unet(out: Path, work: Path, pictures, labels, steps: int, batch: int, 
     )  # fmt: skip
     DDIMScheduler.from_config(noise_scheduler.config, set_alpha_to_one=True).save_pretrained(out / "scheduler")
 
-    latents, context = [], []
+    latents = []
     with torch.no_grad(), autocast(device, precision):
-        for start in tqdm(range(0, len(pictures), 50), "latents and text states"):
+        for start in tqdm(range(0, len(pictures), 50), "latents"):
             pixel_values = torch.from_numpy(pictures[start : start + 50].copy()).to(device) / 127.5 - 1
             mean, _ = encode_posterior(vae, pixel_values)
             latents.append((mean * vae.config.scaling_factor).half().cpu())
-            captions = [caption for label in labels[start : start + 50] for caption in label["captions"]]
-            states = text_encoder(tokenize(tokenizer, captions).to(device)).last_hidden_state.half().cpu()
-            context.append(states.unflatten(0, (-1, CAPTIONS)))
-        empty = text_encoder(tokenize(tokenizer, [""]).to(device)).last_hidden_state.half().cpu()
-    latents, context = torch.cat(latents), torch.cat(context)
+    latents = torch.cat(latents)
+    input_ids = tokenize(tokenizer, [caption for label in labels for caption in label["captions"]])
+    input_ids = input_ids.unflatten(0, (-1, CAPTIONS))
+    nothing = tokenize(tokenizer, [""])[0]
 
     torch.manual_seed(2)
     unet = UNet2DConditionModel(
-        sample_size=RESOLUTION // PATCH, in_channels=16, out_channels=16, layers_per_block=1,
-        block_out_channels=(64, 112, 112), cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        sample_size=RESOLUTION // PATCH, in_channels=8, out_channels=8, layers_per_block=1,
+        block_out_channels=(32, 80, 128), cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     ).to(device, memory_format=torch.channels_last)  # fmt: skip
     ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
 
     def loss_fn(step):
         rng = np.random.default_rng([4, step])
         rows = rng.choice(len(latents), batch, replace=False)
-        clean, states = latents[rows].to(device).float(), context[rows, rng.integers(0, CAPTIONS, batch)]
-        states[torch.rand(batch) < 0.1] = empty
+        clean, captions = latents[rows].to(device).float(), input_ids[rows, rng.integers(0, CAPTIONS, batch)]
+        captions[torch.rand(batch) < 0.1] = nothing
         noise = torch.randn(clean.shape).to(device)
         timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (batch,)).to(device)
         noisy_latents = noise_scheduler.add_noise(clean, noise, timesteps)
         noisy_latents = noisy_latents.contiguous(memory_format=torch.channels_last)
         with autocast(device, precision):
-            noise_pred = unet(noisy_latents, timesteps, states.to(device).float()).sample
+            with torch.no_grad():
+                states = text_encoder(captions.to(device)).last_hidden_state
+            noise_pred = unet(noisy_latents, timesteps, states).sample
         return F.mse_loss(noise_pred.float(), training_target(noise_scheduler, clean, noise, timesteps))
 
     summary = train_stage("unet", work, {"unet": unet}, loss_fn, steps, lr=8e-4, ema=ema)
@@ -457,7 +524,7 @@ MODEL_INDEX = {
 MODEL_CARD = """# The embedded base
 
 A Stable Diffusion in small, so that everything runs where there is no model hub and no GPU. {megabytes:.1f} MB in half
-precision: UNet {unet:.1f} M parameters on 16x16x16 latents of 256x256 pictures, autoencoder {vae:.1f} M, text encoder
+precision: UNet {unet:.1f} M parameters on 32x32x8 latents of 256x256 pictures, autoencoder {vae:.1f} M, text encoder
 {text_encoder:.1f} M, image encoder {image_encoder:.1f} M, a byte-level BPE of the prompts' own words.
 
 Trained from nothing by `python pretrain_base.py` on {renders} captioned pictures, a quarter of them renders of
@@ -489,11 +556,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("embedded_base"))
     parser.add_argument("--work", type=Path, default=Path("data_cache/pretrain"), help="renders and resumable state")
-    parser.add_argument("--renders", type=int, default=8000)
+    parser.add_argument("--renders", type=int, default=5000)
     parser.add_argument("--outfits", type=int, default=4000, help="outfits rendered in several poses")
-    parser.add_argument("--clip-steps", type=int, default=800)
-    parser.add_argument("--vae-steps", type=int, default=1500)
-    parser.add_argument("--unet-steps", type=int, default=2700)
+    parser.add_argument("--clip-steps", type=int, default=750)
+    parser.add_argument("--image-steps", type=int, default=2000)
+    parser.add_argument("--vae-steps", type=int, default=2600)
+    parser.add_argument("--unet-steps", type=int, default=1300)
     parser.add_argument("--mixed-precision", choices=("auto", "no", "bf16", "fp16"), default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -508,9 +576,11 @@ def main():
     common = dict(device=device, precision=precision)
     summary = {"renders": args.renders, "outfits": args.outfits, "views": VIEWS, "layouts": LAYOUTS,
                "device": device.type, "precision": str(precision or torch.float32)}  # fmt: skip
-    summary["clip"] = train_clip(args.out, args.work, *outfits, args.clip_steps, 96, **common)
-    summary["vae"] = train_vae(args.out, args.work, pictures, args.vae_steps, 16, **common)
-    summary["unet"] = train_unet(args.out, args.work, pictures, labels, args.unet_steps, 32, **common)
+    summary["clip"] = train_clip(args.out, args.work, *outfits, args.clip_steps, 64, **common)
+    parts, _ = load_renders(args.work, "parts", render_parts, args.outfits * 3 // 5, seed=0)
+    summary["image"] = train_image(args.out, args.work, *outfits, parts, args.image_steps, 48, **common)
+    summary["vae"] = train_vae(args.out, args.work, pictures, args.vae_steps, 24, **common)
+    summary["unet"] = train_unet(args.out, args.work, pictures, labels, args.unet_steps, 24, **common)
     (args.out / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
     (args.out / "README.md").write_text(model_card(args.out, summary))
     print(json.dumps(summary))

@@ -15,7 +15,7 @@ from atlas_dataset.grammar import COLOURS, ETHNICITIES, FEMALE, HAIR, HEMS, LEGS
 from render.bodies import Body, load_anny, load_anny_body
 from render.utils import interpolate, rasterize_uv, vertex_normals
 
-PAINTER = 2  # to be raised when the same outfit and seed are painted differently: data sets are built anew
+PAINTER = 3  # to be raised when the same outfit and seed are painted differently: data sets are built anew
 # What a texel shows, as numbered in a painting's regions.
 OUTSIDE, SKIN, TOP, BOTTOM, HAIR_REGION, SHOES, DETAIL = range(7)
 ARM_LENGTH = 0.52  # metres, shoulder to wrist
@@ -190,14 +190,14 @@ def fabric(style: str, points: np.ndarray, rng: np.random.Generator) -> np.ndarr
     elif style == "striped":
         dark = jitter(pick(rng, ((34, 44, 88), (28, 28, 32), (176, 36, 42))), rng, 0.2)
         light = jitter((238, 236, 228), rng, 0.04)
-        share = np.clip(0.5 + 6 * np.sin(points[:, 1] * 2 * np.pi / rng.uniform(0.055, 0.08)), 0, 1)[:, None]
+        share = np.clip(0.5 + 6 * np.sin(points[:, 1] * 2 * np.pi / rng.uniform(0.12, 0.16)), 0, 1)[:, None]
         colour = dark * share + light * (1 - share)
     elif style == "plaid":
         ground, band, line = pick(
             rng, (((172, 36, 40), (26, 28, 50), (236, 220, 190)), ((40, 96, 66), (24, 30, 60), (230, 200, 90)),
                   ((150, 110, 74), (70, 44, 36), (226, 60, 50))),
         )  # fmt: skip
-        period, shares = rng.uniform(0.09, 0.12), []
+        period, shares = rng.uniform(0.18, 0.24), []
         for axis in (points[:, 1], across):
             wave = np.sin(axis * 2 * np.pi / period)
             shares.append((np.clip(0.5 + 6 * (wave - 0.25), 0, 1), wave < -0.94))
@@ -217,18 +217,18 @@ def flowers(points: np.ndarray, across: np.ndarray, rng: np.random.Generator) ->
     ground = pick(rng, ((240, 232, 216), (30, 38, 76), (248, 214, 220), (24, 60, 50)))
     colour = np.broadcast_to(jitter(ground, rng, 0.06), points.shape).copy()
     petals = np.array([jitter(c, rng, 0.1) for c in ((214, 48, 92), (242, 176, 44), (150, 92, 190), (238, 240, 236))])
-    shift, cell = rng.uniform(0, 1, 3).astype(np.float32), np.float32(0.085)
+    shift, cell = rng.uniform(0, 1, 3).astype(np.float32), np.float32(0.16)
     lattice = np.floor(points / cell + shift).astype(np.int32)
     key = (lattice @ np.array([73856093, 19349663, 83492791])) & 0xFFFF
     jumps = np.stack([key % 7 / 6, key % 11 / 10, key % 13 / 12], -1).astype(np.float32)
     offset = points - (lattice + 0.3 + 0.4 * jumps - shift) * cell
     distance = np.sqrt((offset**2).sum(-1))
     angle = np.arctan2(offset[:, 1], offset[:, 0] + 0.6 * offset[:, 2]) + key
-    leaf = (distance < 0.040) & (np.cos(2 * angle) > 0.55)
+    leaf = (distance < 0.076) & (np.cos(2 * angle) > 0.55)
     colour[leaf] = (0.20, 0.42, 0.24)
-    petal = distance < 0.024 + 0.010 * np.cos(5 * angle)
-    colour[petal] = petals[key % 4][petal] * (0.75 + 10 * distance[petal, None])
-    colour[distance < 0.009] = (0.98, 0.86, 0.40)
+    petal = distance < 0.048 + 0.020 * np.cos(5 * angle)
+    colour[petal] = petals[key % 4][petal] * (0.75 + 5 * distance[petal, None])
+    colour[distance < 0.018] = (0.98, 0.86, 0.40)
     return colour
 
 

@@ -98,9 +98,8 @@ def rotation(degrees: np.ndarray) -> Tensor:
     return about_x @ about_y @ about_z
 
 
-@torch.no_grad()
-def anny_vertices(poses: list[dict[str, np.ndarray]], phenotypes: list[dict[str, float]]) -> Tensor:
-    """Poses and shapes → (N, V, 3) metres, y up, looking along +z, the lowest point at y = 0."""
+def _anny(poses: list[dict[str, np.ndarray]], phenotypes: list[dict[str, float]]) -> tuple[dict, Tensor]:
+    """Anny's own output for poses and shapes, and the rotation (3, 3) that takes its axes to ours."""
     model = load_anny()
     # Ours (left, up, front) in Anny's axes: z up, front along -y.
     axes = torch.tensor([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])
@@ -109,6 +108,24 @@ def anny_vertices(poses: list[dict[str, np.ndarray]], phenotypes: list[dict[str,
         for bone, degrees in pose.items():
             transforms[row, model.bone_labels.index(bone), :3, :3] = axes @ rotation(degrees) @ axes.T
     shapes = {axis: torch.tensor([phenotype.get(axis, 0.5) for phenotype in phenotypes]) for axis in PHENOTYPE_AXES}
-    vertices = model(pose_parameters=transforms, phenotype_kwargs=shapes)["vertices"].float() @ axes
+    return model(pose_parameters=transforms, phenotype_kwargs=shapes), axes.T
+
+
+@torch.no_grad()
+def anny_vertices(poses: list[dict[str, np.ndarray]], phenotypes: list[dict[str, float]]) -> Tensor:
+    """Poses and shapes → (N, V, 3) metres, y up, looking along +z, the lowest point at y = 0."""
+    output, to_ours = _anny(poses, phenotypes)
+    vertices = output["vertices"].float() @ to_ours.T
     vertices[..., 1] -= vertices[..., 1].amin(1, keepdim=True)
     return vertices
+
+
+@torch.no_grad()
+def anny_in_our_axes(poses: list[dict[str, np.ndarray]], phenotypes: list[dict[str, float]]) -> tuple[dict, Tensor]:
+    """Anny's output for one pose and shape, and the (4, 4) that takes it to metres, y up, the posed body's lowest
+    point at y = 0."""
+    output, to_ours = _anny(poses, phenotypes)
+    matrix = torch.eye(4)
+    matrix[:3, :3] = to_ours
+    matrix[1, 3] = -(output["vertices"][0].float() @ to_ours.T)[:, 1].min()
+    return output, matrix

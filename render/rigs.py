@@ -67,8 +67,12 @@ class AnnyRig(StillRig):
         return _plain(sample_pose(np.random.default_rng(seed), name))
 
     def vertices(self, poses: list[dict]) -> Tensor:
+        return anny_vertices(*self.parameters(poses))
+
+    def parameters(self, poses: list[dict]) -> tuple[list[dict], list[dict]]:
+        """Poses as bone → degrees, and shapes as axis → value."""
         angles = [dict(zip(JOINTS, np.array(pose["pose"]).reshape(-1, 3))) for pose in poses]
-        return anny_vertices(angles, [dict(zip(PHENOTYPE_AXES, pose["shape"])) for pose in poses])
+        return angles, [dict(zip(PHENOTYPE_AXES, pose["shape"])) for pose in poses]
 
 
 def _plain(pose: dict[str, np.ndarray]) -> dict:

@@ -44,7 +44,7 @@ def test_sampling_undoes_what_training_does(prediction_type, zero_snr):
     )  # fmt: skip
     clean, context = torch.randn(2, 4, 8, 8), torch.zeros(2, 3, 5)
     unet = PerfectUNet(noise_scheduler, clean)
-    latents = sample_latents(unet, noise_scheduler, context, context, torch.randn(2, 4, 8, 8), 10, 1.0)
+    latents = sample_latents(unet, noise_scheduler, [(context, 1.0)], context, torch.randn(2, 4, 8, 8), 10)
     assert torch.allclose(latents, clean, atol=2e-2)
     assert unet.batches == [2] * 10, "without guidance the UNet runs once a step on the batch alone"
 
@@ -54,7 +54,7 @@ def test_guidance_extrapolates_from_negative_to_positive():
     clean = torch.randn(1, 4, 8, 8)
     positive, negative = torch.full((1, 2, 3), 1.0), torch.full((1, 2, 3), 0.25)
     unet = PerfectUNet(noise_scheduler, clean, by_context=True)
-    latents = sample_latents(unet, noise_scheduler, positive, negative, torch.randn(1, 4, 8, 8), 5, 3.0)
+    latents = sample_latents(unet, noise_scheduler, [(positive, 3.0)], negative, torch.randn(1, 4, 8, 8), 5)
     assert torch.allclose(latents, clean * (0.25 + 3 * 0.75), atol=1e-3)
     assert unet.batches == [2] * 5
 

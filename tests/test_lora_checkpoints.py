@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
 
 from base_model import load_base
-from checkpoints import load_aligner, load_checkpoint, newest_checkpoint, save_checkpoint
+from checkpoints import EMBEDDED_CHECKPOINT, load_aligner, load_checkpoint, newest_checkpoint, save_checkpoint
 from conditioning import PooledAligner, make_aligner
 from configuration import Aligner, LoRA
 from errors import UserError
@@ -115,6 +115,34 @@ def test_checkpoint_rebuilds_the_model_from_its_own_config(trained, tmp_path):
     save_checkpoint(folder.with_name("step-000004"), cfg, "t2uv", 4, base, None)
     assert newest_checkpoint(tmp_path / "checkpoints").name == "step-000004"
     assert load_checkpoint(folder.with_name("step-000004")).aligner is None
+
+
+def test_checkpoints_of_half_precision(trained, tmp_path):
+    cfg, base, aligner = trained
+    cfg = cfg.model_copy(update={"output": cfg.output.model_copy(update={"half_precision": True})})
+    folder = tmp_path / "joint" / "step-000001"
+    save_checkpoint(folder, cfg, "joint", 1, base, aligner)
+    loaded = load_checkpoint(folder)
+    assert all(parameter.dtype == torch.float32 for parameter in lora_parameters(loaded.base.unet))
+    difference = (output(loaded.base.unet) - output(base.unet)).abs().max()
+    assert 0 < difference < 0.01
+    for name, value in aligner.state_dict().items():
+        assert torch.equal(value.half().float(), loaded.aligner.state_dict()[name])
+
+
+def test_where_nobody_has_trained_the_embedded_checkpoint_is_used(tmp_path, monkeypatch, capsys, trained):
+    cfg, base, aligner = trained
+    monkeypatch.chdir(tmp_path)
+    assert newest_checkpoint("checkpoints") == EMBEDDED_CHECKPOINT
+    assert "using embedded_checkpoint" in capsys.readouterr().err
+    save_checkpoint(tmp_path / "checkpoints/joint/step-000001", cfg, "joint", 1, base, aligner)
+    assert newest_checkpoint("checkpoints").name == "step-000001"
+
+
+def test_the_embedded_checkpoint_is_small_and_whole():
+    assert sum(path.stat().st_size for path in EMBEDDED_CHECKPOINT.iterdir()) <= 4e6
+    loaded = load_checkpoint(EMBEDDED_CHECKPOINT)
+    assert loaded.aligner is not None and loaded.cfg.model.pretrained_model == "embedded_base"
 
 
 def test_an_interrupted_or_poisoned_save_leaves_the_last_checkpoint(trained, tmp_path, monkeypatch):

@@ -1,16 +1,19 @@
 import json
 
+import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 import pretrain_base
+from atlas_dataset.grammar import Outfit
 from base_model import PROJECT_ROOT, load_base
 from conditioning import encode_prompts
 
 
 @pytest.fixture()
 def small_run(tmp_path, monkeypatch):
-    arguments = "--out base --work work --renders 100 --outfits 96 --clip-steps 2 --image-steps 2 --vae-steps 2"
+    arguments = "--out base --work work --renders 40 --outfits 64 --clip-steps 2 --vae-steps 2"
     arguments = f"{arguments} --unet-steps 2 --mixed-precision no --device cpu".split()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["pretrain_base.py", *arguments])
@@ -67,3 +70,36 @@ def test_the_embedded_base_is_small_and_complete():
         base.tokenizer.decode(base.tokenizer(prompts[1]).input_ids, skip_special_tokens=True).split()
         == prompts[1].split()
     )
+
+
+def test_captions_that_are_nearly_right_differ_from_the_right_ones():
+    rng = np.random.default_rng(0)
+    outfit = Outfit("white", "woman", "red", "blouse", "navy", "skirt", "black")
+    for _ in range(40):
+        words = pretrain_base.confused(outfit, rng)
+        assert words != outfit.prompt
+        right = [
+            outfit.ethnicity in words,
+            f"{outfit.hair} hair" in words or f"{outfit.hair}-haired" in words,
+            "red blouse" in words or "blouse in red" in words,
+            "navy skirt" in words or "skirt in navy" in words,
+        ]
+        assert not all(right)
+
+
+def test_equalised_latents_have_unit_colour_and_the_same_pictures():
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        latent_channels=5, block_out_channels=(8, 8), norm_num_groups=4,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+    )  # fmt: skip
+    pictures = torch.rand(6, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        before, deviation = vae(pictures).sample, vae.encode(pictures).latent_dist.std
+        pretrain_base.equalise(vae, pictures)
+        after, posterior = vae(pictures).sample, vae.encode(pictures).latent_dist
+    assert torch.allclose(before, after, atol=1e-4)
+    assert torch.allclose(posterior.mean.mean((0, 2, 3)), torch.zeros(5), atol=1e-4)
+    assert torch.allclose(posterior.mean.std((0, 2, 3)), torch.tensor([1, 1, 1, 0.5, 0.5]), atol=1e-3)
+    factor = (posterior.std / deviation).mean((0, 2, 3))
+    assert torch.allclose(posterior.std, deviation * factor[:, None, None], rtol=1e-3)

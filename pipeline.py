@@ -1,0 +1,171 @@
+"""TexturePipeline: from a prompt, pictures, or both to finished UV textures. infer_uv.py is its command line.
+
+from infer_uv import TexturePipeline
+
+pipeline = TexturePipeline.from_pretrained()
+texture, = pipeline(prompt="a woman in a yellow dress")       # a 1024x1024 RGBA picture
+texture.save("texture.png")
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from atlas_dataset.procedural import body_maps
+from checkpoints import TrainedModel, load_trained, newest_checkpoint
+from conditioning import blend, same_length
+from configuration import DEFAULT_CONFIG, load_config
+from diffusion import autocast, encode_posterior, resolve_precision
+from errors import UserError
+from generation import finish_texture, generate_guided, picture_condition, prompt_condition
+from images import body_pixels, open_image, pixels_from_image
+from interchange import load_any
+from render.utils import load_body
+
+REGIONS = ("face", "hair", "top", "bottom", "arms", "legs", "feet")
+
+
+class TexturePipeline:
+    """A trained model and the body whose UV layout its textures have."""
+
+    def __init__(self, trained: TrainedModel, origin: str = ""):
+        self.trained, self.origin = trained, origin
+        self.body_spec = trained.cfg.data.body or "anny"
+        self.body = load_body(self.body_spec)
+
+    @classmethod
+    def from_pretrained(
+        cls, checkpoint: str | Path | None = None, config: str | Path = DEFAULT_CONFIG,
+        overrides: Sequence[str] = (), lora: str | Path | None = None, aligner: str | Path | None = None,
+    ) -> "TexturePipeline":  # fmt: skip
+        """A checkpoint of any layout that interchange.py knows; None is the newest of your own, or the embedded one.
+
+        config, overrides: name the base for weights that do not say theirs. lora, aligner: two files instead of a
+        checkpoint. Raises UserError for what cannot be loaded.
+        """
+        overrides = list(overrides)
+        cfg = load_config(config, overrides)
+        if lora:
+            return cls(load_trained(cfg, Path(lora), Path(aligner) if aligner else None), str(lora))
+        folder = Path(checkpoint) if checkpoint else newest_checkpoint(cfg.output.out_dir)
+        return cls(load_any(folder, cfg, overrides), str(folder))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | None = None,
+        images: Sequence[Image.Image] = (),
+        img_weight: float | None = None,
+        guidance_scale: float | None = None,
+        text_guidance: float | None = None,
+        image_guidance: float | None = None,
+        negative_prompt: str | None = None,
+        steps: int | None = None,
+        seeds: Sequence[int] = (0,),
+        sampler: str | None = None,
+        eta: float = 0.0,
+        init_texture: Image.Image | None = None,
+        strength: float = 1.0,
+        mask: str | Image.Image | None = None,
+        size: int = 1024,
+        seam_fix: bool = False,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> list[Image.Image]:
+        """A texture for each seed: size x size RGBA, alpha the UV mask, colours running on past the islands' edges.
+
+        prompt of any length; images: views of one person. With both, img_weight blends them (0 text alone, 1 image
+        alone), or text_guidance and image_guidance pull with a scale each. init_texture is edited: `strength` in (0, 1]
+        of it is made anew, everywhere or where `mask` (a name of REGIONS, or a picture: white is made anew) says.
+        Larger sizes than the model's own are interpolated (bicubic). None means the checkpoint's own setting.
+        """
+        trained, settings = self.trained, self.trained.cfg.inference
+        device, seeds = trained.base.device, list(seeds)
+        with autocast(device, resolve_precision(trained.cfg.training.mixed_precision, device)):
+            conditions = self.conditions(prompt, images, img_weight, guidance_scale, text_guidance, image_guidance)
+            conditions = [(states.expand(len(seeds), -1, -1), scale) for states, scale in conditions]
+            options = {}
+            if init_texture is not None:
+                options = self._editing(init_texture, strength, mask, len(seeds))
+            textures = generate_guided(
+                trained, conditions, settings.negative_prompt if negative_prompt is None else negative_prompt, seeds,
+                steps or settings.num_inference_steps, sampler=sampler or settings.sampler, eta=eta, on_step=on_step,
+                **options,
+            )  # fmt: skip
+        finished = [finish_texture(texture, self.body, size, seam_fix) for texture in textures]
+        if init_texture is None or mask is None:
+            return finished
+        kept = finish_texture(body_pixels(init_texture, self.body, size), self.body, size)
+        share = Image.fromarray((self.mask(mask, size) * 255).byte().numpy())
+        return [Image.composite(texture, kept, share) for texture in finished]
+
+    def check_takes_pictures(self) -> None:
+        """Raises UserError for a checkpoint of text alone."""
+        if self.trained.aligner is None:
+            raise UserError("this checkpoint was trained on text alone, it has no aligner; give --prompt, not --image")
+
+    def conditions(
+        self, prompt, images, img_weight=None, guidance_scale=None, text_guidance=None, image_guidance=None
+    ) -> list[tuple[Tensor, float]]:
+        """encoder_hidden_states (1, L, D) and guidance scale of each: one, or two where text and image pull apart."""
+        settings = self.trained.cfg.inference
+        text = None if prompt is None else prompt_condition(self.trained, prompt)
+        picture = picture_condition(self.trained, list(images)) if images else None
+        if text is None and picture is None:
+            raise UserError("nothing to make a texture from: give a prompt, pictures or both")
+        scale = guidance_scale or settings.guidance_scale
+        if text is None:
+            return [(picture, image_guidance or guidance_scale or settings.image_guidance_scale or scale)]
+        if picture is None:
+            return [(text, text_guidance or scale)]
+        if text_guidance is not None or image_guidance is not None:
+            return [(text, text_guidance or 0.0), (picture, image_guidance or 0.0)]
+        return [(blend(*same_length(text, picture), 0.5 if img_weight is None else img_weight), scale)]
+
+    def _editing(self, init_texture: Image.Image, strength: float, mask, rows: int) -> dict:
+        base = self.trained.base
+        side = (self.trained.cfg.data.resolution or base.native_resolution) // base.vae_scale
+        pixels = body_pixels(init_texture, self.body, side * base.vae_scale)
+        mean, _ = encode_posterior(base.vae, pixels[None].to(base.device))
+        latents = (mean * base.vae.config.scaling_factor).expand(rows, -1, -1, -1)
+        options = {"init_latents": latents, "strength": strength}
+        if mask is not None:
+            shares = self.mask(mask, side * base.vae_scale)[None, None]
+            options["mask"] = F.max_pool2d(shares, base.vae_scale)[0, 0].to(base.device)
+        return options
+
+    def mask(self, mask: str | Image.Image, size: int) -> Tensor:
+        """A region's name or a picture → (size, size) in [0, 1], 1 where the texture is made anew."""
+        if isinstance(mask, Image.Image):
+            return (pixels_from_image(mask.convert("RGB").resize((size, size))).mean(0) + 1) / 2
+        if mask not in REGIONS:
+            raise UserError(f"unknown region {mask!r}: use {', '.join(REGIONS)}, or a picture's file")
+        if self.body_spec != "anny":
+            raise UserError(f"regions are known on anny alone, not on {self.body_spec}; give a mask picture")
+        return region_mask(mask, size)
+
+
+def region_mask(name: str, size: int) -> Tensor:
+    """A region of Anny's UV layout and three texels around it → (size, size) of 0 and 1."""
+    maps = body_maps(size)
+    _, y, z = maps.position.T
+    on_torso = (maps.arm < 0) & ~maps.is_head & ~maps.is_hand
+    face = maps.is_head & (z > 0.03) & (y < 1.575)
+    found = {
+        "face": face, "hair": maps.is_head & ~face, "top": on_torso & (y > 0.86),
+        "arms": (maps.arm >= 0) | maps.is_hand,
+        "bottom": on_torso & (y < 0.99) & (y > 0.45), "legs": on_torso & (y < 0.99) & ~maps.is_foot,
+        "feet": maps.is_foot,
+    }[name]  # fmt: skip
+    mask = np.zeros(maps.mask.shape, np.float32)
+    mask[maps.mask] = found
+    return F.max_pool2d(torch.from_numpy(mask)[None], 7, stride=1, padding=3)[0]
+
+
+def read_mask(mask: str | None) -> str | Image.Image | None:
+    """What --mask names: a region stays a name, anything else is a picture's file."""
+    return mask if mask is None or mask in REGIONS else open_image(mask)
