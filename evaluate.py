@@ -6,7 +6,8 @@
 Prompts are combinations that training never saw; pictures are renders of such textures in unseen poses and cameras.
 A colour is right when, of all the words for it, the nearest to the region's median (CIELAB) is the prompt's. Patterns
 are told apart by a linear classifier fitted to true textures; sleeves and legs are long where forearms and shins look
-like cloth. The same measures of the true held-out textures are reported as `truth`. For pictures also PSNR and SSIM
+like cloth. The same measures of the true held-out textures are reported as `truth`, and of those that have been
+through the autoencoder, which bounds what any latents can show, as `autoencoder`. For pictures also PSNR and SSIM
 inside the UV mask, and PSNR apart for texels that the picture shows and those it hides. `both` gives a prompt and a
 picture of another person and counts, where the two disagree, whose colour the texture has, by --img-weight. The last
 line is JSON.
@@ -31,7 +32,7 @@ from base_model import load_configured_base, pick_device
 from checkpoints import TrainedModel, load_checkpoint, newest_checkpoint
 from conditioning import blend
 from configuration import DEFAULT_CONFIG, Render, dotted_overrides, load_config
-from diffusion import autocast, frozen_dtype, resolve_precision
+from diffusion import autocast, decode_latents, encode_posterior, frozen_dtype, resolve_precision
 from errors import UserError, exit_on_user_error
 from generation import condition, generate
 from images import image_from_pixels
@@ -148,14 +149,16 @@ def pattern_features(texture: Tensor, mask: Tensor) -> Tensor:
 
 
 class PatternClassifier:
-    """Multinomial logistic regression on `pattern_features` of true textures."""
+    """Multinomial logistic regression on `pattern_features` of true textures, sharp and as the autoencoder has them."""
 
-    def __init__(self, paintings: list[tuple[Outfit, Painting]]):
+    def __init__(self, paintings: list[tuple[Outfit, Painting]], textures: list[Tensor]):
+        """textures: (3, SIZE, SIZE) in [0, 1] of the paintings, of which there may be several rounds."""
         rows, labels = [], []
-        for outfit, painting in paintings:
+        for index, texture in enumerate(textures):
+            outfit, painting = paintings[index % len(paintings)]
             for style, region in ((outfit.top_style, TOP), (outfit.bottom_style, BOTTOM)):
                 if style:
-                    rows.append(pattern_features(painting.texture[:3], painting.regions == region))
+                    rows.append(pattern_features(texture, painting.regions == region))
                     labels.append(PATTERN_NAMES.index(style) if style in PATTERNS else 0)
         features, labels = torch.stack(rows), torch.tensor(labels)
         self.mean, self.std = features.mean(0), features.std(0) + 1e-6
@@ -250,12 +253,17 @@ def evaluate(trained: TrainedModel, limit: int) -> dict:
     tally, limb_masks, truths = Tally(), limbs(), held_out_paintings(limit)
     rng = np.random.default_rng(SEED + 1)
     trained_on = [sample_outfit(rng) for _ in range(FITTED_TO)]
+    fitted = [(outfit, paint(outfit, index, SIZE)) for index, outfit in enumerate(trained_on)]
     with torch.enable_grad():
-        classifier = PatternClassifier(
-            [(outfit, paint(outfit, index, SIZE)) for index, outfit in enumerate(trained_on)]
-        )
-    for outfit, painting in truths:
+        sharp = [painting.texture[:3] for _, painting in fitted]
+        classifier = PatternClassifier(fitted, [*sharp, *autoencoded(trained, fitted)])
+    decoded = autoencoded(trained, truths)
+    for (outfit, painting), texture in zip(truths, decoded):
         score(tally, "truth", outfit, painting, painting.texture[:3], classifier, limb_masks)
+        score(tally, "autoencoder", outfit, painting, texture, classifier, limb_masks)
+        inside = painting.texture[3] > 0
+        error = (texture - painting.texture[:3])[:, inside].square().mean()
+        tally.add("autoencoder.psnr", -10 * error.log10())
 
     prompts = [condition(trained, outfit.prompt, None, 0) for outfit, _ in truths]
     for (outfit, painting), texture in zip(truths, textures_from(trained, prompts, "t2uv")):
@@ -275,6 +283,20 @@ def evaluate(trained: TrainedModel, limit: int) -> dict:
         for index, texture in enumerate(textures_from(trained, states, f"both at {weight}")):
             score_both(tally, weight, truths[index], truths[(index + 1) % limit], texture)
     return tally.nested()
+
+
+@torch.no_grad()
+def autoencoded(trained: TrainedModel, paintings: list[tuple[Outfit, Painting]]) -> list[Tensor]:
+    """The true textures through the autoencoder and back: the best that any latents can look like."""
+    base, found = trained.base, []
+    side = base.native_resolution
+    for start in tqdm(range(0, len(paintings), 8), "autoencoder"):
+        textures = [fill_outside(p.texture[:3], p.texture[3] > 0) for _, p in paintings[start : start + 8]]
+        pixels = F.interpolate(torch.stack(textures), size=(side, side), mode="bilinear", antialias=True) * 2 - 1
+        mean, _ = encode_posterior(base.vae, pixels.to(base.device))
+        decoded = decode_latents(base.vae, mean * base.vae.config.scaling_factor).cpu()
+        found += [*F.interpolate((decoded + 1) / 2, size=(SIZE, SIZE), mode="bilinear", antialias=True)]
+    return found
 
 
 def score_pixels(tally: Tally, painting: Painting, seen: Tensor, texture: Tensor) -> None:

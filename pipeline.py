@@ -99,7 +99,9 @@ class TexturePipeline:
         finished = [finish_texture(texture, self.body, size, seam_fix) for texture in textures]
         if init_texture is None or mask is None:
             return finished
-        kept = finish_texture(body_pixels(init_texture, self.body, size), self.body, size)
+        kept = init_texture
+        if (kept.mode, kept.size) != ("RGBA", (size, size)):
+            kept = finish_texture(body_pixels(init_texture, self.body, size), self.body, size)
         share = Image.fromarray((self.mask(mask, size) * 255).byte().numpy())
         return [Image.composite(texture, kept, share) for texture in finished]
 

@@ -559,7 +559,7 @@ def main():
     parser.add_argument("--renders", type=int, default=5000)
     parser.add_argument("--outfits", type=int, default=4000, help="outfits rendered in several poses")
     parser.add_argument("--clip-steps", type=int, default=750)
-    parser.add_argument("--image-steps", type=int, default=2000)
+    parser.add_argument("--image-steps", type=int, default=1500)
     parser.add_argument("--vae-steps", type=int, default=2600)
     parser.add_argument("--unet-steps", type=int, default=1300)
     parser.add_argument("--mixed-precision", choices=("auto", "no", "bf16", "fp16"), default="auto")

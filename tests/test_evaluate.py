@@ -33,7 +33,7 @@ def truths():
 
 @pytest.fixture(scope="module")
 def classifier(truths):
-    return PatternClassifier(truths)
+    return PatternClassifier(truths, [painting.texture[:3] for _, painting in truths])
 
 
 def shares(truths, classifier, change):

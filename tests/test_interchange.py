@@ -145,7 +145,7 @@ def test_unknown_layouts_and_other_bases_are_refused(ours, cfg, tmp_path, tiny_b
     with pytest.raises(UserError, match="no checkpoint at"):
         load_any(tmp_path / "nowhere", cfg)
     other = UNet2DConditionModel.from_config(
-        UNet2DConditionModel.load_config(tiny_base / "unet"), block_out_channels=(16, 32), norm_num_groups=8
+        UNet2DConditionModel.load_config(tiny_base / "unet"), block_out_channels=(32, 64)
     )
     add_lora(other, cfg.model.lora)
     wrong = load_base(str(tiny_base))

@@ -1,0 +1,89 @@
+"""Seconds a texture against a plain diffusers pipeline: same LoRA, steps, guidance and size, one run, in turn.
+
+    python benchmarks/bench_infer.py                 # the embedded checkpoint
+    python benchmarks/bench_infer.py --compile       # both UNets compiled
+
+Medians of --rounds; what is compared is UNet and autoencoder alone, without the finishing at 1024 texels, which is
+given beside it.
+"""
+
+import argparse
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from base_model import resolve_source
+from checkpoints import EMBEDDED_CHECKPOINT
+from diffusion import autocast, inference_scheduler, resolve_precision
+from generation import finish_texture, generate, prompt_condition
+from pipeline import TexturePipeline
+from processes import keep_freed_memory
+
+PROMPT = "a woman in a yellow dress"
+
+
+def seconds(function, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default=EMBEDDED_CHECKPOINT)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+    keep_freed_memory()
+
+    pipeline = TexturePipeline.from_pretrained(args.checkpoint)
+    trained = pipeline.trained
+    settings, base, device = trained.cfg.inference, trained.base, trained.base.device
+    plain = StableDiffusionPipeline.from_pretrained(resolve_source(trained.cfg.model.pretrained_model))
+    plain.load_lora_weights(args.checkpoint)
+    plain.scheduler = inference_scheduler(base.noise_scheduler, settings.sampler)
+    plain.set_progress_bar_config(disable=True)
+    plain.to(device, base.unet.dtype)
+    if args.compile:
+        base.unet.compile(dynamic=False)
+        plain.unet.compile(dynamic=False)
+    side = trained.cfg.data.resolution or base.native_resolution
+
+    for rows in (1, 8):
+
+        def ours(rows=rows):
+            with torch.no_grad(), autocast(device, resolve_precision(trained.cfg.training.mixed_precision, device)):
+                states = prompt_condition(trained, PROMPT).expand(rows, -1, -1)
+                return generate(trained, states, settings.negative_prompt, list(range(rows)),
+                                settings.num_inference_steps, settings.guidance_scale)  # fmt: skip
+
+        def theirs(rows=rows):
+            plain([PROMPT] * rows, num_inference_steps=settings.num_inference_steps, height=side, width=side,
+                  guidance_scale=settings.guidance_scale, output_type="pt")  # fmt: skip
+
+        ours(), theirs()
+        pairs = [(seconds(ours, device), seconds(theirs, device)) for _ in range(args.rounds)]
+        mine, other = (statistics.median(times) / rows for times in zip(*pairs))
+        ratio = statistics.median(there / here for here, there in pairs)
+        print(f"{rows} at once: {mine:.2f} s a texture, plain diffusers {other:.2f} s, {ratio:.2f} times as fast")
+    texture = ours(1)[0]
+    print(f"finishing at 1024 texels: {seconds(lambda: finish_texture(texture, pipeline.body), device):.2f} s")
+    if device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB, both models loaded")
+    else:
+        print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB, both models loaded")
+
+
+if __name__ == "__main__":
+    main()
