@@ -145,8 +145,8 @@ def command_line(config) -> list[str]:
         for key, value in section.items():
             if isinstance(value, dict):
                 walk(value, f"{prefix}{key}.")
-            elif value is not None:
-                flat.append(f"--{prefix}{key}={value}")
+            else:
+                flat.append(f"--{prefix}{key}={'null' if value is None else value}")
 
     walk(config.model_dump(), "")
     return flat

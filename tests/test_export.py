@@ -17,7 +17,7 @@ from errors import UserError
 from images import pixels_from_image
 from render.bodies import Body
 from render.export import export_body
-from render.rigs import load_rig
+from render.rigs import AnnyRig, load_rig
 from render.utils import ambient_light, orbit_cameras, render_views
 
 VALIDATOR = Path(__file__).parent / "node_modules" / "gltf-validator"
@@ -65,16 +65,15 @@ def test_glb_and_obj_opened_by_trimesh_look_the_same(rig, texture, tmp_path):
         loaded = trimesh.load(tmp_path / name, process=False, force="mesh", maintain_order=True)
         material = loaded.visual.material
         image = material.baseColorTexture if name.endswith("glb") else material.image
-        close(picture(loaded.vertices.astype(np.float32), loaded.faces, loaded.visual.uv.astype(np.float32), image),
-              expected(rig, pose, texture))  # fmt: skip
-        assert loaded.extents[1] == pytest.approx(float(np.ptp(rig.vertices([pose])[0][:, 1].numpy())), rel=1e-4)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["body.glb", "body.mtl", "body.obj", "body.png"] or (
-        len(list(tmp_path.glob("*.png"))) == 1
-    )
+        is_skinned = name == "body.glb" and isinstance(rig, AnnyRig)  # trimesh shows the mesh as it is bound
+        vertices = (skinned(tmp_path / name) if is_skinned else loaded.vertices).astype(np.float32)
+        close(picture(vertices, loaded.faces, loaded.visual.uv.astype(np.float32), image), expected(rig, pose, texture))
+        height = float(np.ptp(rig.vertices([pose])[0][:, 1].numpy()))
+        assert np.ptp(vertices[:, 1]) == pytest.approx(height, rel=1e-3), "in metres"
 
 
 def test_usdz_opened_by_usd_looks_the_same(rig, texture, tmp_path):
-    from pxr import Usd, UsdGeom, UsdUtils
+    from pxr import Usd, UsdGeom, UsdValidation
 
     pose = rig.named_pose("rest", 0)
     export_body(tmp_path / "body.usdz", rig, pose, texture)
@@ -87,9 +86,8 @@ def test_usdz_opened_by_usd_looks_the_same(rig, texture, tmp_path):
         image = Image.open(io.BytesIO(archive.read(name)))
     faces = np.array(mesh.GetFaceVertexIndicesAttr().Get()).reshape(-1, 3)
     close(picture(np.array(mesh.GetPointsAttr().Get()), faces, np.array(uvs), image), expected(rig, pose, texture))
-    checker = UsdUtils.ComplianceChecker(arkit=True)
-    checker.CheckCompliance(str(tmp_path / "body.usdz"))
-    assert not checker.GetErrors() and not checker.GetFailedChecks()
+    context = UsdValidation.ValidationContext(UsdValidation.ValidationRegistry().GetOrLoadAllValidators())
+    assert not [error.GetMessage() for error in context.Validate(stage)]
 
 
 def skinned(path) -> np.ndarray:
