@@ -240,9 +240,8 @@ def main():
         if len(waiting) < len(mine):
             print(f"{len(mine) - len(waiting)} of {len(mine)} textures are there already")
 
-        groups = [list(group) for group in grouped(waiting)]
-        progress = tqdm(total=sum(len(group) for group in groups), desc="textures", unit="texture", disable=not is_list)
-        for group in groups:
+        progress = tqdm(total=len(waiting), desc="textures", unit="texture", disable=not is_list)
+        for group in grouped(waiting):
             steps = tqdm(total=settings["steps"], desc="denoising", unit="step", disable=is_list)
             textures = pipeline(
                 group[0].prompt, [open_image(path) for path in group[0].images], args.img_weight, args.guidance_scale,

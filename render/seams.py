@@ -105,7 +105,8 @@ def fix_seams(body: Body, texture: Tensor) -> Tensor:
     (left, left_weights), (right, right_weights) = (bilinear(points[:, side], size) for side in range(2))
     touched = np.zeros((size, size), bool)
     touched.ravel()[left], touched.ravel()[right] = True, True
-    band = (distance_transform_edt(~touched) < REACH - 1) & (uv_mask(body, size).numpy() | touched)
+    covered = uv_mask(body, size).numpy() | touched
+    band = (distance_transform_edt(~touched) < REACH - 1) & covered
     number = np.full(size * size, -1)
     number[band.ravel()] = np.arange(band.sum())
     rows = np.repeat(np.arange(len(points)), 8)
@@ -115,7 +116,7 @@ def fix_seams(body: Body, texture: Tensor) -> Tensor:
     # Neighbours in the band, and its outer edge, where the field is 0.
     smooth = []
     inside = np.flatnonzero(band.ravel())
-    covered = uv_mask(body, size).numpy().ravel() | touched.ravel()
+    covered = covered.ravel()
     for offset, limit in ((1, size - 1), (size, None)):
         here = inside[(inside % size < limit) if limit else (inside < size * (size - 1))]
         here = here[covered[here + offset]]
