@@ -16,6 +16,12 @@ from render.utils import Body, fill_outside, uv_mask
 ROWS_AT_ONCE = 8  # bounds the memory of a large --num
 
 
+def check_takes_pictures(trained: TrainedModel) -> None:
+    """Raises UserError for a checkpoint of text alone."""
+    if trained.aligner is None:
+        raise UserError("this checkpoint was trained on text alone, it has no aligner; give --prompt, not --image")
+
+
 @torch.no_grad()
 def prompt_condition(trained: TrainedModel, prompt: str) -> Tensor:
     """encoder_hidden_states (1, n * L, D) of a prompt of any length, in the checkpoint's template."""
@@ -25,8 +31,7 @@ def prompt_condition(trained: TrainedModel, prompt: str) -> Tensor:
 @torch.no_grad()
 def picture_condition(trained: TrainedModel, images: list[Image.Image]) -> Tensor:
     """encoder_hidden_states (1, L, D) of one picture of a person, or of several: the aligner reads all their tokens."""
-    if trained.aligner is None:
-        raise UserError("this checkpoint was trained on text alone, it has no aligner; give --prompt, not --image")
+    check_takes_pictures(trained)
     size = trained.base.image_encoder.config.image_size
     image_tokens = encode_images(trained.base, torch.stack([prepare_image(image, size) for image in images]))
     return trained.aligner(image_tokens.flatten(0, 1)[None])

@@ -23,7 +23,7 @@ from configuration import DEFAULT_CONFIG, dotted_overrides
 from diffusion import SAMPLERS
 from errors import UserError, exit_on_user_error, reason
 from files import check_writable, write_whole
-from generation import ROWS_AT_ONCE
+from generation import ROWS_AT_ONCE, check_takes_pictures
 from images import PICTURE_SUFFIXES, encode_image, open_image, texture_pixels
 from pipeline import REGIONS, TexturePipeline, read_mask
 from render.export import SUFFIXES, export_body
@@ -228,7 +228,7 @@ def main():
             overrides = [*overrides, f"training.device=cuda:{os.environ.get('LOCAL_RANK', 0)}"]
         pipeline = TexturePipeline.from_pretrained(args.checkpoint, args.config, overrides, args.lora, args.aligner)
         if args.images or args.image:
-            pipeline.check_takes_pictures()
+            check_takes_pictures(pipeline.trained)
         settings = settings_of(args, pipeline)
         if settings["steps"] > pipeline.trained.base.noise_scheduler.config.num_train_timesteps:
             raise UserError(f"--steps {settings['steps']} is more than the base's noise schedule has")

@@ -105,11 +105,6 @@ class TexturePipeline:
         share = Image.fromarray((self.mask(mask, size) * 255).byte().numpy())
         return [Image.composite(texture, kept, share) for texture in finished]
 
-    def check_takes_pictures(self) -> None:
-        """Raises UserError for a checkpoint of text alone."""
-        if self.trained.aligner is None:
-            raise UserError("this checkpoint was trained on text alone, it has no aligner; give --prompt, not --image")
-
     def conditions(
         self, prompt, images, img_weight=None, guidance_scale=None, text_guidance=None, image_guidance=None
     ) -> list[tuple[Tensor, float]]:
