@@ -155,7 +155,7 @@ def _parts(cfg: Config, base: BaseModel, dataset: ATLASLarge, root: Path, precis
             lambda batch: encode_prompts(base, batch),
         ))  # fmt: skip
     if cfg.data.cache == "all" and dataset.renders is not None:
-        settings = (*base.image_processor.image_mean, *base.image_processor.image_std, dataset.image_size)
+        settings = (*base.image_processor.image_mean, *base.image_processor.image_std, *dataset.image_size)
         maker = digest(weights_digest(base.image_encoder), *map(str, settings), *how)
         parts.append(Part(
             "image_tokens", maker, picture_keys(dataset.renders, "image", root), dataset.image,

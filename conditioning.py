@@ -98,15 +98,29 @@ def same_length(*states: Tensor) -> list[Tensor]:
     return [part.repeat(1, longest // part.shape[1], 1) for part in states]
 
 
+def picture_size(base: BaseModel, shape: tuple[int, int], image_size: int | None) -> tuple[int, int]:
+    """(height, width) at which the image encoder reads a picture of that shape: the square it was made for, or, with
+    image_size (a multiple of its patches) for the longer side, as much of the other as the picture fills."""
+    own, patch = base.image_encoder.config.image_size, base.image_encoder.config.patch_size
+    if image_size is None:
+        return own, own
+    if image_size % patch:
+        raise UserError(f"model.image_size {image_size} is not a multiple of {patch}, the image encoder's patches")
+    height, width = (max(patch, -(-image_size * side // (max(shape) * patch)) * patch) for side in shape)
+    return height, width
+
+
 @torch.no_grad()
 def encode_images(base: BaseModel, images: Tensor) -> Tensor:
-    """images: (B, 3, S, S) in [-1, 1], S the image encoder's size → all its tokens: (B, T, image_dim) float32."""
+    """images: (B, 3, H, W) in [-1, 1] → all of the image encoder's tokens: (B, T, image_dim) float32. Where H and W are
+    not its own size, its learned positions are interpolated (as in Dosovitskiy et al. 2021, section 3.2)."""
     mean, std = (
         torch.tensor(values, device=base.device)[:, None, None]
         for values in (base.image_processor.image_mean, base.image_processor.image_std)
     )
     pixels = ((images.to(base.device) + 1) / 2 - mean) / std
-    return base.image_encoder(pixel_values=pixels.to(base.image_encoder.dtype)).last_hidden_state.float()
+    pixels = pixels.to(base.image_encoder.dtype)
+    return base.image_encoder(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state.float()
 
 
 def drop_conditions(encoder_hidden_states: Tensor, null_states: Tensor, dropped: Tensor) -> Tensor:

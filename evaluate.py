@@ -36,6 +36,7 @@ from diffusion import autocast, decode_latents, encode_posterior, frozen_dtype, 
 from errors import UserError, exit_on_user_error
 from generation import condition, generate
 from images import image_from_pixels
+from lora_utils import merge_lora
 from processes import keep_freed_memory
 from render.rigs import load_rig
 from render.utils import fill_outside, rasterize, rasterize_uv
@@ -237,6 +238,7 @@ def main():
             folder = Path(args.checkpoint) if args.checkpoint else newest_checkpoint(cfg.output.out_dir)
             trained = load_checkpoint(folder, overrides)
         keep_freed_memory()
+        merge_lora(trained.base)
         result = evaluate(trained, args.limit)
     print(json.dumps(result, indent=1))
     print(json.dumps(result))

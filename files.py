@@ -1,4 +1,4 @@
-"""Writing to disk: whole files or none."""
+"""Writing to disk, whole files or none, and from there to the hub."""
 
 import contextlib
 import os
@@ -35,3 +35,17 @@ def write_whole(path: str | Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {reason(error)}; choose another place") from None
+
+
+def push_folder(folder: Path, repository: str, repo_type: str) -> None:
+    """Uploads a finished folder to the hub. repo_type: "model" or "dataset". Raises UserError when that fails."""
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, repo_type=repo_type, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, repo_type=repo_type, ignore_patterns=[".*"])
+    except Exception as error:  # network, rights, names
+        raise UserError(
+            f"cannot push to {repository} ({reason(error)}); log in with 'hf auth login'; {folder} is whole"
+        ) from None

@@ -6,14 +6,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from checkpoints import TrainedModel
-from conditioning import blend, encode_images, encode_long_prompt, encode_prompts, same_length
+from conditioning import blend, encode_images, encode_long_prompt, encode_prompts, picture_size, same_length
 from diffusion import decode_latents, sample_latents
 from errors import UserError
 from images import image_from_pixels, prepare_image
 from render.seams import fix_seams
 from render.utils import Body, fill_outside, uv_mask
-
-ROWS_AT_ONCE = 8  # bounds the memory of a large --num
 
 
 def check_takes_pictures(trained: TrainedModel) -> None:
@@ -32,9 +30,9 @@ def prompt_condition(trained: TrainedModel, prompt: str) -> Tensor:
 def picture_condition(trained: TrainedModel, images: list[Image.Image]) -> Tensor:
     """encoder_hidden_states (1, L, D) of one picture of a person, or of several: the aligner reads all their tokens."""
     check_takes_pictures(trained)
-    size = trained.base.image_encoder.config.image_size
-    image_tokens = encode_images(trained.base, torch.stack([prepare_image(image, size) for image in images]))
-    return trained.aligner(image_tokens.flatten(0, 1)[None])
+    base, image_size = trained.base, trained.cfg.model.image_size
+    prepared = [prepare_image(image, picture_size(base, image.size[::-1], image_size)) for image in images]
+    return trained.aligner(torch.cat([encode_images(base, pixels[None]) for pixels in prepared], dim=1))
 
 
 def condition(trained: TrainedModel, prompt: str | None, image: Image.Image | None, img_weight: float) -> Tensor:
@@ -70,18 +68,13 @@ def generate_guided(
     num_inference_steps: int, **options,
 ) -> Tensor:  # fmt: skip
     """The same from several conditions, each (B, L, D) with a guidance scale of its own."""
-    base, pictures = trained.base, []
-    negative = encode_prompts(base, [negative_prompt])
-    for start in range(0, len(seeds), ROWS_AT_ONCE):
-        some = slice(start, start + ROWS_AT_ONCE)
-        against, *states = same_length(negative, *(states[some] for states, _ in conditions))
-        here = [(part, scale) for part, (_, scale) in zip(states, conditions)]
-        latents = sample_latents(
-            base.unet, base.noise_scheduler, here, against.expand_as(states[0]), unit_noise(trained, seeds[some]),
-            num_inference_steps, seeds=seeds[some], **options,
-        )  # fmt: skip
-        pictures.append(decode_latents(base.vae, latents))
-    return torch.cat(pictures)
+    base = trained.base
+    negative, *states = same_length(encode_prompts(base, [negative_prompt]), *(states for states, _ in conditions))
+    latents = sample_latents(
+        base.unet, base.noise_scheduler, [(part, scale) for part, (_, scale) in zip(states, conditions)],
+        negative.expand_as(states[0]), unit_noise(trained, seeds), num_inference_steps, seeds=seeds, **options,
+    )  # fmt: skip
+    return decode_latents(base.vae, latents)
 
 
 def finish_texture(pixel_values: Tensor, body: Body, size: int = 1024, seam_fix: bool = False) -> Image.Image:

@@ -36,12 +36,15 @@ def open_image(source: str | Path | bytes, name: str | None = None, size: int | 
         ) from None
 
 
-def prepare_image(image: Image.Image, size: int) -> Tensor:
-    """A picture of a person, padded to a square with black → (3, size, size) in [-1, 1]."""
-    canvas = Image.new("RGB", (max(image.size),) * 2)
+def prepare_image(image: Image.Image, size: int | tuple[int, int]) -> Tensor:
+    """A picture of a person, padded with black to the shape of size, a square's side or (height, width) → (3, height,
+    width) in [-1, 1]."""
+    height, width = (size, size) if isinstance(size, int) else size
+    scale = max(image.height / height, image.width / width)
+    canvas = Image.new("RGB", (max(image.width, round(width * scale)), max(image.height, round(height * scale))))
     corner = ((canvas.width - image.width) // 2, (canvas.height - image.height) // 2)
     canvas.paste(image, corner, image if image.mode == "RGBA" else None)
-    return pixels_from_image(canvas.resize((size, size), Image.Resampling.BICUBIC))
+    return pixels_from_image(canvas.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def pixels_from_image(image: Image.Image) -> Tensor:

@@ -19,13 +19,14 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import processes
+from atlas_dataset.procedural import BODY_REGIONS
 from configuration import DEFAULT_CONFIG, dotted_overrides
 from diffusion import SAMPLERS
 from errors import UserError, exit_on_user_error, reason
 from files import check_writable, write_whole
-from generation import ROWS_AT_ONCE, check_takes_pictures
+from generation import check_takes_pictures
 from images import PICTURE_SUFFIXES, encode_image, open_image, texture_pixels
-from pipeline import REGIONS, TexturePipeline, read_mask
+from pipeline import TexturePipeline, read_mask
 from render.export import SUFFIXES, export_body
 from render.rigs import load_rig
 from render.turntable import contact_sheet, save_turntable, turntable_frames
@@ -69,12 +70,13 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     sampling.add_argument("--eta", type=float, default=0.0, help="share of fresh noise in DDIM, 0 to 1")
     sampling.add_argument("--seed", type=int, default=0, help="seed of the first texture; the next ones count up")
     sampling.add_argument("--num", type=int, default=1, help="how many textures of each")
+    sampling.add_argument("--batch-size", type=int, default=8, help="textures made at once (default: %(default)s)")
     edit = parser.add_argument_group("editing a texture")
     edit.add_argument("--init-texture", help="the texture to start from")
     edit.add_argument(
         "--strength", type=float, help="how much of it is made anew, 0 to 1 (default: 0.6; 1 with --mask)"
     )
-    edit.add_argument("--mask", help=f"what alone is made anew: {', '.join(REGIONS)}, or a picture, white there")
+    edit.add_argument("--mask", help=f"what alone is made anew: {', '.join(BODY_REGIONS)}, or a picture, white there")
     out = parser.add_argument_group("what is written")
     out.add_argument("--out", default="outputs", help="folder, or a .png file for one texture (default: outputs)")
     out.add_argument("--size", type=int, default=1024, help="side in texels; above the model's own by bicubic")
@@ -108,8 +110,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("give --checkpoint, or --lora and --aligner, not both")
     if args.aligner and not args.lora:
         raise UserError("--aligner needs --lora; a --checkpoint brings its own aligner")
-    if args.num < 1 or (args.steps is not None and args.steps < 1) or args.size < 1:
-        raise UserError("--num, --steps and --size must be 1 or more")
+    if min(args.num, args.size, args.batch_size) < 1 or (args.steps is not None and args.steps < 1):
+        raise UserError("--num, --steps, --size and --batch-size must be 1 or more")
     if args.guidance_scale is not None and args.guidance_scale < 1:
         raise UserError(f"--guidance-scale {args.guidance_scale} is below 1 (1 is no guidance)")
     if not 0 <= args.eta <= 1:
@@ -241,13 +243,15 @@ def main():
             print(f"{len(mine) - len(waiting)} of {len(mine)} textures are there already")
 
         progress = tqdm(total=len(waiting), desc="textures", unit="texture", disable=not is_list)
-        for group in grouped(waiting):
+        for start in range(0, len(waiting), args.batch_size):
+            group = waiting[start : start + args.batch_size]
             steps = tqdm(total=settings["steps"], desc="denoising", unit="step", disable=is_list)
+            opened = {paths: [open_image(path) for path in paths] for paths in {job.images for job in group}}
             textures = pipeline(
-                group[0].prompt, [open_image(path) for path in group[0].images], args.img_weight, args.guidance_scale,
-                args.text_guidance, args.image_guidance, args.negative_prompt, args.steps, [job.seed for job in group],
-                args.sampler, args.eta, init_texture, args.strength or (1.0 if mask else 0.6), mask, args.size,
-                args.seam_fix, steps.update,
+                [job.prompt for job in group], [opened[job.images] for job in group], args.img_weight,
+                args.guidance_scale, args.text_guidance, args.image_guidance, args.negative_prompt, args.steps,
+                [job.seed for job in group], args.sampler, args.eta, init_texture,
+                args.strength or (1.0 if mask else 0.6), mask, args.size, args.seam_fix, steps.update,
             )  # fmt: skip
             steps.close()
             for job, texture in zip(group, textures):
@@ -258,18 +262,6 @@ def main():
                     print(*written, sep="\n")
             progress.update(len(group))
         progress.close()
-
-
-def grouped(jobs: list[Job]) -> list[list[Job]]:
-    """Jobs in their order, those of one prompt and picture together, as many as go through the UNet at once."""
-    groups: list[list[Job]] = []
-    for job in jobs:
-        last = groups[-1] if groups else []
-        if last and len(last) < ROWS_AT_ONCE and (last[0].prompt, last[0].images) == (job.prompt, job.images):
-            last.append(job)
-        else:
-            groups.append([job])
-    return groups
 
 
 def note(folder: Path, job: Job, settings: dict, written: list[Path]) -> None:

@@ -72,28 +72,28 @@ def load_any(path: str | Path, cfg: Config, overrides: list[str] = ()) -> Traine
     layout = layout_of(path)
     if layout == "ours":
         return load_checkpoint(path, overrides)
-    given = {override.partition("=")[0] for override in overrides}
     if layout == "texdreamer":
-        cfg = updated(cfg, {key: value for key, value in TEXDREAMER.items() if key not in given})
+        given = {override.partition("=")[0] for override in overrides}
+        cfg = updated(cfg, {key: value for key, value in texdreamer_settings(path).items() if key not in given})
     if layout == "pipeline":
         cfg = updated(cfg, {"model.pretrained_model": str(path), "data.resolution": None})
-    image_encoder = cfg.model.image_encoder
-    if layout == "texdreamer":
-        folders = [path / name / "vision_encoder" for name in ("i2uv", "i2t")]
-        image_encoder = next((str(folder) for folder in folders if folder.is_dir()), image_encoder)
     device = pick_device(cfg.training.device)
-    dtype = frozen_dtype(resolve_precision(cfg.training.mixed_precision, device), device)
-    settings = cfg.model.model_copy(update={"image_encoder": image_encoder})
-    base = load_configured_base(settings, device, dtype)
+    base = load_configured_base(
+        cfg.model, device, frozen_dtype(resolve_precision(cfg.training.mixed_precision, device), device)
+    )
     if layout == "texdreamer":
         load_peft_adapters(base, path)
     elif layout != "pipeline":
         load_lora(base, path)
     file = aligner_file(path)
-    aligner_settings = cfg.model.aligner
-    if layout == "texdreamer":
-        aligner_settings = aligner_settings.model_copy(update={"heads": 16})
-    return TrainedModel(base, load_aligner(file, aligner_settings, base) if file else None, cfg)
+    return TrainedModel(base, load_aligner(file, cfg.model.aligner, base) if file else None, cfg)
+
+
+def texdreamer_settings(path: Path) -> dict:
+    """TEXDREAMER, its aligner's heads, which no file tells, and its own image encoder where it lies beside."""
+    folders = [path / name / "vision_encoder" for name in ("i2uv", "i2t")]
+    own = next((str(folder) for folder in folders if folder.is_dir()), None)
+    return {**TEXDREAMER, "model.aligner.heads": 16, **({"model.image_encoder": own} if own else {})}
 
 
 def aligner_file(path: Path) -> Path | None:

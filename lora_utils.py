@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from errors import UserError, exit_on_user_error, reason
 
@@ -140,6 +141,14 @@ def _load_peft_adapter(module, folder: Path) -> None:
         raise ValueError(
             f"{len(result.unexpected_keys)} of its weights fit no layer, such as {result.unexpected_keys[0]}"
         )
+
+
+def merge_lora(base) -> None:
+    """Adds the LoRA to the weights under it, so that inference pays nothing for it."""
+    for name in ADAPTED:
+        for part in getattr(base, name).modules():
+            if isinstance(part, BaseTunerLayer) and not part.merged:
+                part.merge()
 
 
 def all_finite(tensors) -> bool:

@@ -10,13 +10,12 @@ texture.save("texture.png")
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from atlas_dataset.procedural import body_maps
+from atlas_dataset.procedural import BODY_REGIONS, region_mask
 from checkpoints import TrainedModel, load_trained, newest_checkpoint
 from conditioning import blend, same_length
 from configuration import DEFAULT_CONFIG, load_config
@@ -25,9 +24,8 @@ from errors import UserError
 from generation import finish_texture, generate_guided, picture_condition, prompt_condition
 from images import body_pixels, open_image, pixels_from_image
 from interchange import load_any
+from lora_utils import merge_lora
 from render.utils import load_body
-
-REGIONS = ("face", "hair", "top", "bottom", "arms", "legs", "feet")
 
 
 class TexturePipeline:
@@ -35,6 +33,7 @@ class TexturePipeline:
 
     def __init__(self, trained: TrainedModel, origin: str = ""):
         self.trained, self.origin = trained, origin
+        merge_lora(trained.base)
         self.body_spec = trained.cfg.data.body or "anny"
         self.body = load_body(self.body_spec)
 
@@ -58,8 +57,8 @@ class TexturePipeline:
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | None = None,
-        images: Sequence[Image.Image] = (),
+        prompt: str | Sequence[str | None] | None = None,
+        images: Sequence[Image.Image] | Sequence[Sequence[Image.Image]] = (),
         img_weight: float | None = None,
         guidance_scale: float | None = None,
         text_guidance: float | None = None,
@@ -78,16 +77,28 @@ class TexturePipeline:
     ) -> list[Image.Image]:
         """A texture for each seed: size x size RGBA, alpha the UV mask, colours running on past the islands' edges.
 
-        prompt of any length; images: views of one person. With both, img_weight blends them (0 text alone, 1 image
-        alone), or text_guidance and image_guidance pull with a scale each. init_texture is edited: `strength` in (0, 1]
-        of it is made anew, everywhere or where `mask` (a name of REGIONS, or a picture: white is made anew) says.
-        Larger sizes than the model's own are interpolated (bicubic). None means the checkpoint's own setting.
+        prompt of any length; images: views of one person. A list of prompts, or of lists of images, has one for each
+        seed; all are made at once. With both, img_weight blends them (0 text alone, 1 image alone), or text_guidance
+        and image_guidance pull with a scale each. init_texture is edited: `strength` in (0, 1] of it is made anew,
+        everywhere or where `mask` (a name of BODY_REGIONS, or a picture: white is made anew) says. Larger sizes than
+        the model's own are interpolated (bicubic). None means the checkpoint's own setting.
         """
         trained, settings = self.trained, self.trained.cfg.inference
         device, seeds = trained.base.device, list(seeds)
         with autocast(device, resolve_precision(trained.cfg.training.mixed_precision, device)):
-            conditions = self.conditions(prompt, images, img_weight, guidance_scale, text_guidance, image_guidance)
-            conditions = [(states.expand(len(seeds), -1, -1), scale) for states, scale in conditions]
+            prompts = [prompt] * len(seeds) if prompt is None or isinstance(prompt, str) else prompt
+            people = [images] * len(seeds) if not images or isinstance(images[0], Image.Image) else images
+            if not len(prompts) == len(people) == len(seeds):
+                raise UserError(f"{len(prompts)} prompts and {len(people)} people for {len(seeds)} seeds")
+            made, rows = {}, []  # each condition is made once, though several seeds have it
+            for words, views in zip(prompts, people):
+                key = (words, *map(id, views))
+                if key not in made:
+                    made[key] = self.conditions(words, views, img_weight, guidance_scale, text_guidance, image_guidance)
+                rows.append(made[key])
+            conditions = [
+                (torch.cat(same_length(*states)), scales[0]) for states, scales in (zip(*part) for part in zip(*rows))
+            ]
             options = {}
             if init_texture is not None:
                 options = self._editing(init_texture, strength, mask, len(seeds))
@@ -139,30 +150,13 @@ class TexturePipeline:
         """A region's name or a picture → (size, size) in [0, 1], 1 where the texture is made anew."""
         if isinstance(mask, Image.Image):
             return (pixels_from_image(mask.convert("RGB").resize((size, size))).mean(0) + 1) / 2
-        if mask not in REGIONS:
-            raise UserError(f"unknown region {mask!r}: use {', '.join(REGIONS)}, or a picture's file")
+        if mask not in BODY_REGIONS:
+            raise UserError(f"unknown region {mask!r}: use {', '.join(BODY_REGIONS)}, or a picture's file")
         if self.body_spec != "anny":
             raise UserError(f"regions are known on anny alone, not on {self.body_spec}; give a mask picture")
         return region_mask(mask, size)
 
 
-def region_mask(name: str, size: int) -> Tensor:
-    """A region of Anny's UV layout and three texels around it → (size, size) of 0 and 1."""
-    maps = body_maps(size)
-    _, y, z = maps.position.T
-    on_torso = (maps.arm < 0) & ~maps.is_head & ~maps.is_hand
-    face = maps.is_head & (z > 0.03) & (y < 1.575)
-    found = {
-        "face": face, "hair": maps.is_head & ~face, "top": on_torso & (y > 0.86),
-        "arms": (maps.arm >= 0) | maps.is_hand,
-        "bottom": on_torso & (y < 0.99) & (y > 0.45), "legs": on_torso & (y < 0.99) & ~maps.is_foot,
-        "feet": maps.is_foot,
-    }[name]  # fmt: skip
-    mask = np.zeros(maps.mask.shape, np.float32)
-    mask[maps.mask] = found
-    return F.max_pool2d(torch.from_numpy(mask)[None], 7, stride=1, padding=3)[0]
-
-
 def read_mask(mask: str | None) -> str | Image.Image | None:
     """What --mask names: a region stays a name, anything else is a picture's file."""
-    return mask if mask is None or mask in REGIONS else open_image(mask)
+    return mask if mask is None or mask in BODY_REGIONS else open_image(mask)

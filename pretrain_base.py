@@ -2,12 +2,13 @@
 
     python pretrain_base.py --out embedded_base          # about an hour on 2 cores; continues where it stopped
 
-Five stages, each on captioned renders of procedurally dressed bodies, on their textures in other UV layouts and on
+Six stages, each on captioned renders of procedurally dressed bodies, on their textures in other UV layouts and on
 patchworks of fabric; no picture shows a texture in Anny's own layout, so making those is left to the joint training:
 1. tokenizer (byte-level BPE);  2. text and image encoder, contrastively (CLIP, Radford et al. 2021), with two views of
-an outfit (SLIP, Mu et al. 2022), captions that are nearly right, and the outfit's colours to tell;  3. the image
-encoder alone, which is shown where the parts of an outfit are;  4. autoencoder;  5. UNet (v-prediction, zero terminal
-SNR: Lin et al. 2024).
+an outfit (SLIP, Mu et al. 2022), captions that are nearly right, and the outfit's colours to tell;  3. the text
+encoder alone, whose tokens are to tell who wears what;  4. the image encoder alone, which is shown where the parts of
+an outfit are;  5. autoencoder;  6. UNet (v-prediction, zero terminal SNR: Lin et al. 2024), first on pictures of half
+the size.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from transformers import (
 
 from atlas_dataset import procedural
 from atlas_dataset.building import prepare_renderer
-from atlas_dataset.grammar import ETHNICITIES, HAIR, STYLES, Outfit, sample_outfit
+from atlas_dataset.grammar import BOTTOMS, COLOURS, ETHNICITIES, HAIR, STYLES, TOPS, Outfit, sample_outfit
 from atlas_dataset.views import frame_bodies, render_texture, sample_view
 from base_model import load_base
 from configuration import Render
@@ -52,11 +53,17 @@ from render.utils import ambient_light, fill_outside, look_at, orbit_cameras, re
 RESOLUTION, PATCH = 256, 8  # side in pixels of a picture, and of what one latent stands for
 CLIP_RESOLUTION = 128
 CAPTIONS = 4  # of a picture
+SMALL_SHARE, LARGE = (
+    0.75,
+    3000,
+)  # share of the UNet's steps on pictures of half the size, twice as many; count of others
 LAYOUTS = 12  # other ways to unwrap the body; Anny's own is left to the joint training
 VIEWS = 3  # of an outfit, for the image encoder
 OUTFIT_RENDER = Render(fill=[0.5, 0.95])
 PARTS = (procedural.TOP, procedural.BOTTOM, procedural.HAIR_REGION, procedural.SKIN)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+TOLD = {"top_style": STYLES, "bottom_style": STYLES, "hair": tuple(HAIR), "ethnicity": tuple(ETHNICITIES),
+        "top": (*TOPS, "dress", "tuxedo"), "bottom": (*BOTTOMS, "skirt"), "sneakers": tuple(COLOURS)}  # fmt: skip
 PHENOTYPES = {  # Anny's axes: gender 0 male to 1 female; age 1/3 child, 2/3 adult, 1 old
     "man": dict(gender=0.0, age=0.67), "woman": dict(gender=1.0, age=0.67),
     "young boy": dict(gender=0.0, age=0.42), "young girl": dict(gender=1.0, age=0.42),
@@ -67,6 +74,11 @@ PHENOTYPES = {  # Anny's axes: gender 0 male to 1 female; age 1/3 child, 2/3 adu
 def captions_of(outfit: Outfit, rng: np.random.Generator) -> list[str]:
     """CAPTIONS ways to say it: the ATLAS form and sentences."""
     return [outfit.prompt, *(outfit.sentence(rng) for _ in range(CAPTIONS - 1))]
+
+
+def layout_words(number: int) -> str:
+    """What a caption of a texture ends with: it says how the body is unwrapped."""
+    return f", uv {number}"
 
 
 def painted(outfit: Outfit, seed: int, layout: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +96,9 @@ def render_scene(seed: int, index: int) -> tuple[np.ndarray, dict]:
     outfit = sample_outfit(rng)
     label = {"captions": captions_of(outfit, rng)}
     if index % 4:
-        picture, _ = painted(outfit, index, layout=int(rng.integers(LAYOUTS)))
+        layout = int(rng.integers(LAYOUTS))
+        label["captions"] = [caption + layout_words(layout) for caption in label["captions"]]
+        picture, _ = painted(outfit, index, layout)
         return (picture * 255).round().to(torch.uint8).numpy(), label
     texture, _ = painted(outfit, index)
     body = load_anny_body(**PHENOTYPES[outfit.person], weight=float(rng.choice([0.3, 0.5, 0.7])))
@@ -108,6 +122,11 @@ def render_scene(seed: int, index: int) -> tuple[np.ndarray, dict]:
     return picture.round().to(torch.uint8).numpy(), label
 
 
+def outfit_of(seed: int, index: int) -> Outfit:
+    """The one that `render_outfit` shows."""
+    return sample_outfit(np.random.default_rng([seed, index, 1]))
+
+
 @torch.no_grad()
 def render_outfit(seed: int, index: int) -> tuple[np.ndarray, dict]:
     """One outfit on VIEWS posed bodies of any shape → (VIEWS, 3, 128, 128) uint8 and its label.
@@ -117,7 +136,7 @@ def render_outfit(seed: int, index: int) -> tuple[np.ndarray, dict]:
     captions: two views of it still match.
     """
     rng = np.random.default_rng([seed, index, 1])
-    outfit = sample_outfit(rng)
+    outfit = sample_outfit(rng)  # as outfit_of has it
     (texture, regions), label = painted(outfit, index), {"captions": [], "confusions": []}
     if index % 3 == 2:
         gray, tint = texture.mean(0, keepdim=True), torch.from_numpy(rng.uniform(0.55, 1.1, (3, 1, 1))).float()
@@ -137,17 +156,20 @@ def render_outfit(seed: int, index: int) -> tuple[np.ndarray, dict]:
 
 @torch.no_grad()
 def render_parts(seed: int, index: int) -> tuple[np.ndarray, dict]:
-    """Where `render_outfit` shows top, bottom and hair: each patch's share → (VIEWS, 3, 8, 8) uint8, 255 is all."""
-    outfit, rig = sample_outfit(np.random.default_rng([seed, index, 1])), load_rig("anny")
+    """Where `render_outfit` shows PARTS: each patch's share → (VIEWS, PARTS, 8, 8) uint8, 255 is all."""
+    outfit, rig = outfit_of(seed, index), load_rig("anny")
     _, regions = painted(outfit, index)
-    shares = torch.stack([regions == part for part in PARTS[:3]]).float()
+    shares = torch.stack([regions == part for part in PARTS]).float()
     width = CLIP_RESOLUTION if index % 4 < 2 else CLIP_RESOLUTION * 3 // 4
     views = [sample_view(OUTFIT_RENDER, rig, seed, index, number) for number in range(VIEWS)]
     vertices = rig.vertices(views)
     cameras, light = frame_bodies(vertices, views, width / CLIP_RESOLUTION), ambient_light(torch.ones(1, 3))
-    maps = render_views(
-        rig.body, shares[None], cameras, CLIP_RESOLUTION, width, light, torch.zeros(1, 3), vertices=vertices
-    )
+    size, black = (CLIP_RESOLUTION, width), torch.zeros(1, 3)
+    some = [
+        render_views(rig.body, part[None], cameras, *size, light, black, vertices=vertices)
+        for part in (shares[:3], shares[3:].expand(3, -1, -1))  # a picture has three channels
+    ]
+    maps = torch.cat([some[0], some[1][:, :1]], 1)
     maps = F.avg_pool2d(F.pad(maps, ((CLIP_RESOLUTION - width) // 2,) * 2), 16)
     return (maps.clamp(0, 1) * 255).round().to(torch.uint8).numpy(), {}
 
@@ -357,9 +379,72 @@ def train_clip(out: Path, work: Path, pictures, labels, steps: int, batch: int, 
     return summary
 
 
+def telling_heads(width: int) -> torch.nn.ModuleDict:
+    """For `telling_loss`: how much each token says about each part, and which word it is."""
+    words = {name: torch.nn.Linear(width, len(words)) for name, words in TOLD.items()}
+    return torch.nn.ModuleDict({"query": torch.nn.Linear(width, len(TOLD)), **words})
+
+
+def telling_loss(heads, states: torch.Tensor, outfits: list[Outfit], captions: list[str] | None = None) -> torch.Tensor:
+    """Cross-entropy of the words of TOLD, each read from states (B, L, D) as a UNet's attention would, by one query.
+
+    captions: a word that a row's caption leaves out does not count there."""
+    read, loss = heads["query"](states).softmax(1).transpose(1, 2) @ states, 0.0  # (B, TOLD, D)
+    for place, (name, words) in enumerate(TOLD.items()):
+        said = [getattr(outfit, name) for outfit in outfits]
+        spoken = captions or said
+        told = [words.index(word) if word and word in caption else -1 for word, caption in zip(said, spoken)]
+        told = torch.tensor(told, device=states.device)
+        if (told >= 0).any():
+            loss = loss + F.cross_entropy(heads[name](read[:, place]), told, ignore_index=-1)
+    return loss
+
+
+def train_text(out: Path, work: Path, pictures, labels, steps: int, batch: int, device, precision) -> dict:
+    """The text encoder goes on against the finished image encoder: as a UNet's attention would, one query a part reads
+    from its states what that part's words were, on new outfits at every step."""
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
+    text = CLIPTextModelWithProjection.from_pretrained(out / "text_encoder", dtype=torch.float32).to(device)
+    image = CLIPVisionModelWithProjection.from_pretrained(out / "image_encoder", dtype=torch.float32).to(device).eval()
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+    captioned = [row for row, label in enumerate(labels) if label["captions"]]
+    image_embeds = []
+    with torch.no_grad(), autocast(device, precision):
+        for start in range(0, len(captioned), 100):
+            pixels = torch.from_numpy(pictures[captioned[start : start + 100], 0]).to(device) / 255
+            image_embeds.append(F.normalize(image(pixel_values=(pixels - mean) / std).image_embeds.float(), dim=-1))
+    image_embeds = torch.cat(image_embeds)
+    torch.manual_seed(4)
+    width = text.config.hidden_size
+    heads = telling_heads(width).to(device)
+
+    def loss_fn(step):
+        rng = np.random.default_rng([6, step])
+        outfits = [sample_outfit(rng) for _ in range(batch)]
+        captions = [outfit.sentence(rng) if rng.uniform() < 0.7 else outfit.prompt for outfit in outfits]
+        rows = rng.choice(len(captioned), batch // 4, replace=False)
+        shown, form = [labels[captioned[row]] for row in rows], rng.integers(0, CAPTIONS, len(rows))
+        named = [label[key][which] for key in ("captions", "confusions") for label, which in zip(shown, form)]
+        numbers = rng.integers(0, 2 * LAYOUTS, batch)
+        endings = [layout_words(number) if number < LAYOUTS else "" for number in numbers]
+        input_ids = tokenize(tokenizer, [*(caption + end for caption, end in zip(captions, endings)), *named])
+        longest = int((input_ids != tokenizer.eos_token_id).sum(-1).max()) + 1
+        with autocast(device, precision):
+            encoded = text.text_model(input_ids=input_ids[:, :longest].to(device))
+            text_embeds = F.normalize(text.text_projection(encoded.pooler_output[batch:]).float(), dim=-1)
+        states = encoded.last_hidden_state[:batch].float()
+        logits = 30 * image_embeds[torch.from_numpy(rows).to(device)] @ text_embeds.T  # right captions, then wrong ones
+        matching = F.cross_entropy(logits, torch.arange(len(rows), device=device))
+        return 0.2 * matching + telling_loss(heads, states, outfits, captions)
+
+    summary = train_stage("text", work, {"text": text, "heads": heads}, loss_fn, steps, lr=1e-3)
+    text.half().save_pretrained(out / "text_encoder")
+    return summary
+
+
 def train_image(out: Path, work: Path, pictures, labels, parts, steps: int, batch: int, device, precision) -> dict:
-    """The image encoder goes on against the finished text encoder: its patches tell where top, bottom and hair are and,
-    pooled over them, which colour each has. parts: (N, VIEWS, 3, 8, 8) uint8 of `render_parts`."""
+    """The image encoder goes on against the finished text encoder: its patches tell where PARTS are and, pooled over
+    them, which colour each has and what words name it. parts: (N, VIEWS, PARTS, 8, 8) uint8 of `render_parts`."""
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     text = CLIPTextModelWithProjection.from_pretrained(out / "text_encoder", dtype=torch.float32).to(device).eval()
     image = CLIPVisionModelWithProjection.from_pretrained(out / "image_encoder", dtype=torch.float32).to(device)
@@ -375,8 +460,10 @@ def train_image(out: Path, work: Path, pictures, labels, parts, steps: int, batc
     torch.manual_seed(3)
     width = image.config.hidden_size
     heads = torch.nn.ModuleDict({
-        "where": torch.nn.Linear(width, len(PARTS)), "colours": torch.nn.Linear(width, 3 * len(PARTS))
+        "where": torch.nn.Linear(width, len(PARTS)), "colours": torch.nn.Linear(width, 3 * len(PARTS)),
+        "words": telling_heads(width),
     }).to(device)  # fmt: skip
+    outfits = [outfit_of(0, row) for row in range(len(parts))]
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
 
     def loss_fn(step):
@@ -385,18 +472,24 @@ def train_image(out: Path, work: Path, pictures, labels, parts, steps: int, batc
         chosen = torch.from_numpy(np.stack([pictures[row, view] for row, view in zip(rows, views)])).float()
         shares = F.interpolate(torch.from_numpy(parts[rows, views]).float(), size=CLIP_RESOLUTION)
         both = augment(torch.cat([chosen, shares], 1).to(device) / 255, torch.Generator().manual_seed(step))
+        if rng.uniform() < 0.5:  # larger and 3:4, as sharper pictures will come, with positions interpolated
+            margin = CLIP_RESOLUTION // 8
+            both = F.interpolate(both[..., margin:-margin], scale_factor=1.5, mode="bilinear")
         with autocast(device, precision):
-            encoded = image.vision_model(pixel_values=(both[:, :3] - mean) / std)
+            encoded = image.vision_model(pixel_values=(both[:, :3] - mean) / std, interpolate_pos_encoding=True)
             tokens = image.vision_model.post_layernorm(encoded.last_hidden_state[:, 1:])
             image_embeds = F.normalize(image.visual_projection(encoded.pooler_output).float(), dim=-1)
             where, guessed = heads["where"](tokens).float(), heads["colours"](tokens).float()
-        target = F.avg_pool2d(both[:, 3:], image.config.patch_size).flatten(2).transpose(1, 2)  # (B, patches, 3)
-        located = F.binary_cross_entropy_with_logits(where[..., :3], target)
+        target = F.avg_pool2d(both[:, 3:], image.config.patch_size).flatten(2).transpose(1, 2)  # (B, patches, PARTS)
+        located = F.binary_cross_entropy_with_logits(where, target)
         guessed = (guessed.unflatten(-1, (len(PARTS), 3)) * (3 * where).softmax(1)[..., None]).sum(1)
         error = (guessed - colours[rows].to(device)).abs().mean(-1)[has_colour[rows].to(device)].mean()
         known = captioned[rows]
         logits = 30 * image_embeds[known.to(device)] @ text_embeds[torch.from_numpy(rows)[known].to(device)].T
-        return 5 * located + 5 * error + 0.1 * F.cross_entropy(logits, torch.arange(len(logits), device=device))
+        matching = F.cross_entropy(logits, torch.arange(len(logits), device=device))
+        told_by = [outfits[row] for row in rows[known.numpy()]]
+        told = telling_loss(heads["words"], tokens.float()[known.to(device)], told_by)
+        return 5 * located + 5 * error + 0.1 * matching + 0.2 * told
 
     summary = train_stage("image", work, {"image": image, "heads": heads}, loss_fn, steps, lr=1e-3)
     image.half().save_pretrained(out / "image_encoder")
@@ -470,16 +563,25 @@ def train_unet(out: Path, work: Path, pictures, labels, steps: int, batch: int, 
     )  # fmt: skip
     DDIMScheduler.from_config(noise_scheduler.config, set_alpha_to_one=True).save_pretrained(out / "scheduler")
 
-    latents = []
-    with torch.no_grad(), autocast(device, precision):
-        for start in tqdm(range(0, len(pictures), 50), "latents"):
+    def latents_of(pictures, resolution: int) -> torch.Tensor:
+        found = []
+        for start in tqdm(range(0, len(pictures), 50), f"latents of {resolution}"):
             pixel_values = torch.from_numpy(pictures[start : start + 50].copy()).to(device) / 127.5 - 1
+            pixel_values = F.interpolate(pixel_values, size=(resolution,) * 2, mode="bilinear", antialias=True)
             mean, _ = encode_posterior(vae, pixel_values)
-            latents.append((mean * vae.config.scaling_factor).half().cpu())
-    latents = torch.cat(latents)
-    input_ids = tokenize(tokenizer, [caption for label in labels for caption in label["captions"]])
-    input_ids = input_ids.unflatten(0, (-1, CAPTIONS))
-    nothing = tokenize(tokenizer, [""])[0]
+            found.append((mean * vae.config.scaling_factor).half().cpu())
+        return torch.cat(found)
+
+    with torch.no_grad(), autocast(device, precision):
+        small, large = latents_of(pictures, RESOLUTION // 2), latents_of(pictures[:LARGE], RESOLUTION)
+        captions = [caption for label in labels for caption in label["captions"]]
+
+        def states_of(captions: list[str]) -> torch.Tensor:
+            return text_encoder(tokenize(tokenizer, captions).to(device)).last_hidden_state.half().cpu()
+
+        starts = tqdm(range(0, len(captions), 100), "text states")
+        states = torch.cat([states_of(captions[start : start + 100]) for start in starts]).unflatten(0, (-1, CAPTIONS))
+        nothing = states_of([""])[0]
 
     torch.manual_seed(2)
     unet = UNet2DConditionModel(
@@ -492,17 +594,17 @@ def train_unet(out: Path, work: Path, pictures, labels, steps: int, batch: int, 
 
     def loss_fn(step):
         rng = np.random.default_rng([4, step])
-        rows = rng.choice(len(latents), batch, replace=False)
-        clean, captions = latents[rows].to(device).float(), input_ids[rows, rng.integers(0, CAPTIONS, batch)]
-        captions[torch.rand(batch) < 0.1] = nothing
+        latents, count = (small, 2 * batch) if step < SMALL_SHARE * steps else (large, batch)
+        rows = rng.choice(len(latents), count, replace=False)
+        clean = latents[rows].to(device).float()
+        encoder_hidden_states = states[rows, rng.integers(0, CAPTIONS, count)]
+        encoder_hidden_states[torch.rand(count) < 0.1] = nothing
         noise = torch.randn(clean.shape).to(device)
-        timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (batch,)).to(device)
+        timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (count,)).to(device)
         noisy_latents = noise_scheduler.add_noise(clean, noise, timesteps)
         noisy_latents = noisy_latents.contiguous(memory_format=torch.channels_last)
         with autocast(device, precision):
-            with torch.no_grad():
-                states = text_encoder(captions.to(device)).last_hidden_state
-            noise_pred = unet(noisy_latents, timesteps, states).sample
+            noise_pred = unet(noisy_latents, timesteps, encoder_hidden_states.to(device).float()).sample
         return F.mse_loss(noise_pred.float(), training_target(noise_scheduler, clean, noise, timesteps))
 
     summary = train_stage("unet", work, {"unet": unet}, loss_fn, steps, lr=8e-4, ema=ema)
@@ -556,9 +658,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("embedded_base"))
     parser.add_argument("--work", type=Path, default=Path("data_cache/pretrain"), help="renders and resumable state")
-    parser.add_argument("--renders", type=int, default=5000)
+    parser.add_argument("--renders", type=int, default=8000)
     parser.add_argument("--outfits", type=int, default=4000, help="outfits rendered in several poses")
     parser.add_argument("--clip-steps", type=int, default=750)
+    parser.add_argument("--text-steps", type=int, default=1500)
     parser.add_argument("--image-steps", type=int, default=1500)
     parser.add_argument("--vae-steps", type=int, default=2600)
     parser.add_argument("--unet-steps", type=int, default=1300)
@@ -577,6 +680,7 @@ def main():
     summary = {"renders": args.renders, "outfits": args.outfits, "views": VIEWS, "layouts": LAYOUTS,
                "device": device.type, "precision": str(precision or torch.float32)}  # fmt: skip
     summary["clip"] = train_clip(args.out, args.work, *outfits, args.clip_steps, 64, **common)
+    summary["text"] = train_text(args.out, args.work, *outfits, args.text_steps, 96, **common)
     parts, _ = load_renders(args.work, "parts", render_parts, args.outfits * 3 // 5, seed=0)
     summary["image"] = train_image(args.out, args.work, *outfits, parts, args.image_steps, 48, **common)
     summary["vae"] = train_vae(args.out, args.work, pictures, args.vae_steps, 24, **common)

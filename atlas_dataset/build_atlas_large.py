@@ -19,21 +19,8 @@ import datasets
 from atlas_dataset.building import build_dataset, verify_dataset
 from atlas_dataset.dataset import INFO_FILE, HuggingFaceATLAS, ProceduralTextures
 from configuration import DEFAULT_CONFIG, dotted_overrides, load_config
-from errors import UserError, exit_on_user_error, reason
-
-
-def push_to_hub(folder: Path, repository: str) -> None:
-    """Uploads a finished data set to the hub. Raises UserError when it cannot be reached."""
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        api.create_repo(repository, repo_type="dataset", exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, repo_type="dataset", ignore_patterns=[".*"])
-    except Exception as error:  # network, rights, names
-        raise UserError(
-            f"cannot push to {repository} ({reason(error)}); log in with 'hf auth login'; {folder} is whole"
-        ) from None
+from errors import UserError, exit_on_user_error
+from files import push_folder
 
 
 def main():
@@ -89,7 +76,7 @@ def main():
         note = f"; {skipped} skipped, see {out / 'skipped.json'}" if skipped else ""
         print(f"{whole} textures and {whole * args.views} renders in {out}{note}")
         if args.push_to_hub:
-            push_to_hub(out, args.push_to_hub)
+            push_folder(out, args.push_to_hub, "dataset")
 
 
 if __name__ == "__main__":

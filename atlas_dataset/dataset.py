@@ -151,9 +151,9 @@ class ATLASLarge(Dataset):
     body is the spec of the mesh whose UV layout the textures have; None where the layout does not say.
 
     A row: texture (3, resolution, resolution) in [-1, 1], filled outside the islands; texture_id; prompt; and but for
-    t2uv image (3, image_size, image_size) in [-1, 1], padded to a square. Where `cached` (see caching.py) has them, a
-    row holds posterior instead of texture, image_tokens instead of image, and text_states. Rows 0 .. len - 1 come
-    again and again as rows len .. 2 len - 1 and so on: the same, but for renders that are made anew (see
+    t2uv image (3, *image_size) in [-1, 1], padded with black to that (height, width). Where `cached` (see caching.py)
+    has them, a row holds posterior instead of texture, image_tokens instead of image, and text_states. Rows 0 ..
+    len - 1 come again and again as rows len .. 2 len - 1 and so on: the same, but for renders that are made anew (see
     `render_online`).
     """
 
@@ -163,7 +163,7 @@ class ATLASLarge(Dataset):
         self.fresh_render: Callable[[int, int], Tensor] | None = None
         if task not in ("t2uv", "i2uv", "joint"):
             raise ValueError(f"unknown task {task!r}")
-        self.task, self.resolution, self.image_size = task, resolution, image_size
+        self.task, self.resolution, self.image_size = task, resolution, (image_size, image_size)
         root = Path(root)
         try:
             if (root / INFO_FILE).exists():
@@ -221,7 +221,7 @@ class ATLASLarge(Dataset):
         """From now on `views_per_texture` rows a texture, whose renders are made when they are read: no two epochs
         show the same. Stored renders are not read.
         """
-        rig, width = load_rig(body, render.poses), self.image_size * 3 // 4
+        rig, height = load_rig(body, render.poses), self.image_size[0]
         mask = uv_mask(rig.body, self.resolution)
         self.renders, self.texture_rows = (
             None,
@@ -229,12 +229,18 @@ class ATLASLarge(Dataset):
         )
 
         def fresh_render(texture_row: int, number: int) -> Tensor:
-            texture, size = fill_outside(self.texture(texture_row), mask), (self.image_size, width)
+            texture, size = fill_outside(self.texture(texture_row), mask), (height, height * 3 // 4)
             picture, _ = render_texture(rig, texture, render, seed, texture_row, [number], *size)[0]
             return prepare_image(image_from_pixels(picture), self.image_size)
 
         self.fresh_render = fresh_render
         self.rows = np.arange(self._stored_rows())
+
+    def render_shape(self) -> tuple[int, int]:
+        """(height, width) of the first stored render; a square where there is none."""
+        if self.renders is None:
+            return 1, 1
+        return self._open(self.renders[0]["image"], "image of row 0").size[::-1]
 
     def _stored_rows(self) -> int:
         """Renders where there are any, or else textures."""
@@ -297,7 +303,7 @@ class ATLASLarge(Dataset):
         return found
 
     def picture(self, index: int) -> Tensor:
-        """The render that row `index` shows, cached or not: (3, image_size, image_size) in [-1, 1]."""
+        """The render that row `index` shows, cached or not: (3, *image_size) in [-1, 1]."""
         return self.image(int(self.rows[index]), index)
 
     def image(self, row: int, number: int = 0) -> Tensor:
@@ -305,7 +311,7 @@ class ATLASLarge(Dataset):
         if self.fresh_render:
             return self.fresh_render(self.texture_rows[row], number)
         return prepare_image(
-            self._open(self.renders[row]["image"], f"image of row {row}", self.image_size), self.image_size
+            self._open(self.renders[row]["image"], f"image of row {row}", max(self.image_size)), self.image_size
         )
 
     def texture(self, row: int) -> Tensor:

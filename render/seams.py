@@ -89,6 +89,38 @@ def seam_error(body: Body, texture: Tensor) -> float:
     return float(differences(pixels, seams, 1.0).mean() / max(1e-9, differences(pixels, others, 1.0).mean()))
 
 
+def seam_points(body: Body, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Points on both sides of the seams (N, 2, 2), as of `samples`, and the texels (S, S) that they are made of."""
+    seams, _ = edge_pairs(body)
+    points, touched = np.concatenate([samples(seams, size, inset) for inset in (0.5, 1.0)]), np.zeros(size * size, bool)
+    for side in range(2):
+        touched[bilinear(points[:, side], size)[0]] = True
+    return points, touched.reshape(size, size)
+
+
+def field_gradient(number: np.ndarray, covered: np.ndarray, size: int) -> sparse.csr_matrix:
+    """Differences between neighbours of a field on some texels of a size x size texture, and at its outer edge, where
+    it is 0. number: (S * S,) the field's place of each texel, -1 outside; covered: (S * S,) bool, the islands."""
+    inside, parts = np.flatnonzero(number >= 0), []
+    for offset in (1, size):
+        here = inside[inside % size < size - 1] if offset == 1 else inside[inside < size * (size - 1)]
+        here = here[covered[here + offset]]
+        there = number[here + offset]
+        count = np.arange(len(here))
+        data = [np.ones(len(here)), -np.ones((there >= 0).sum())]
+        index = [number[here], there[there >= 0]]
+        parts.append(sparse.csr_matrix(
+            (np.concatenate(data), (np.concatenate([count, count[there >= 0]]), np.concatenate(index))),
+            shape=(len(here), len(inside)),
+        ))  # fmt: skip
+        back = inside[inside - offset >= 0]
+        back = back[covered[back - offset] & (number[back - offset] < 0)]
+        parts.append(sparse.csr_matrix(
+            (np.ones(len(back)), (np.arange(len(back)), number[back])), shape=(len(back), len(inside))
+        ))  # fmt: skip
+    return sparse.vstack(parts)
+
+
 def fix_seams(body: Body, texture: Tensor) -> Tensor:
     """Brings the two sides of every seam to one colour; texels farther than REACH from a seam stay as they are.
 
@@ -100,11 +132,8 @@ def fix_seams(body: Body, texture: Tensor) -> Tensor:
     if not len(seams):
         return texture
     size = texture.shape[-1]
-    pairs = [samples(seams, size, inset) for inset in (0.5, 1.0)]
-    points = np.concatenate(pairs)
+    points, touched = seam_points(body, size)
     (left, left_weights), (right, right_weights) = (bilinear(points[:, side], size) for side in range(2))
-    touched = np.zeros((size, size), bool)
-    touched.ravel()[left], touched.ravel()[right] = True, True
     covered = uv_mask(body, size).numpy() | touched
     band = (distance_transform_edt(~touched) < REACH - 1) & covered
     number = np.full(size * size, -1)
@@ -113,27 +142,8 @@ def fix_seams(body: Body, texture: Tensor) -> Tensor:
     columns = number[np.concatenate([left, right], axis=1)].ravel()
     values = np.concatenate([left_weights, -right_weights], axis=1).ravel()
     equal = sparse.csr_matrix((values, (rows, columns)), shape=(len(points), band.sum()))
-    # Neighbours in the band, and its outer edge, where the field is 0.
-    smooth = []
-    inside = np.flatnonzero(band.ravel())
-    covered = covered.ravel()
-    for offset, limit in ((1, size - 1), (size, None)):
-        here = inside[(inside % size < limit) if limit else (inside < size * (size - 1))]
-        here = here[covered[here + offset]]
-        there = number[here + offset]
-        count = np.arange(len(here))
-        data = [np.ones(len(here)), -np.ones((there >= 0).sum())]
-        index = [number[here], there[there >= 0]]
-        smooth.append(sparse.csr_matrix(
-            (np.concatenate(data), (np.concatenate([count, count[there >= 0]]), np.concatenate(index))),
-            shape=(len(here), band.sum()),
-        ))  # fmt: skip
-        back = inside[inside - offset >= 0]
-        back = back[covered[back - offset] & (number[back - offset] < 0)]
-        smooth.append(sparse.csr_matrix(
-            (np.ones(len(back)), (np.arange(len(back)), number[back])), shape=(len(back), band.sum())
-        ))  # fmt: skip
-    gradient = sparse.vstack(smooth)
+    gradient = field_gradient(number, covered.ravel(), size)
+    inside = np.flatnonzero(number >= 0)
     system = equal.T @ equal + SMOOTHNESS * gradient.T @ gradient + 1e-6 * sparse.identity(band.sum())
     scale = sparse.diags(1 / system.diagonal())
     flat = texture.permute(1, 2, 0).double().numpy().reshape(-1, 3)

@@ -11,6 +11,7 @@ from conditioning import (
     encode_images,
     encode_prompts,
     make_aligner,
+    picture_size,
 )
 from configuration import Aligner
 from errors import UserError
@@ -76,6 +77,28 @@ def test_pictures_are_padded_not_squashed():
     assert pixels[:, :, :6].max() < 0 and pixels[:, :, 12:20].min() > 0.9
     see_through = Image.new("RGBA", (10, 10), (255, 255, 255, 0))
     assert prepare_image(see_through, 8).max() == -1
+
+
+def test_larger_pictures_keep_their_shape_and_take_interpolated_positions(base):
+    assert picture_size(base, (400, 300), None) == (32, 32), "the square that the encoder was made for"
+    assert picture_size(base, (400, 300), 64) == (64, 48) and picture_size(base, (300, 400), 64) == (48, 64)
+    assert picture_size(base, (400, 290), 64) == (64, 48), "whole patches of 8"
+    with pytest.raises(UserError, match="not a multiple of 8"):
+        picture_size(base, (400, 300), 60)
+    picture = Image.effect_noise((30, 40), 80).convert("RGB")
+    pixels = prepare_image(picture, (64, 48))
+    assert pixels.shape == (3, 64, 48) and pixels[:, :, 0].max() > -1, "nothing is padded"
+    tokens = encode_images(base, pixels[None])
+    assert tokens.shape == (1, 1 + 8 * 6, 24)
+    # By hand: patches with the 4x4 positions stretched to 8x6.
+    model = base.image_encoder
+    embeddings = model.embeddings if hasattr(model, "embeddings") else model.vision_model.embeddings
+    positions = embeddings.position_embedding.weight
+    grid = positions[1:].view(1, 4, 4, -1).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, size=(8, 6), mode="bicubic", align_corners=False)
+    expected = torch.cat([positions[:1], grid.flatten(2)[0].T])
+    found = embeddings.interpolate_pos_encoding(torch.zeros(1, 49, 24), 64, 48)[0]
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_pixels_round_trip():

@@ -8,12 +8,14 @@ import torch
 from PIL import Image
 from test_inference import checkpoint  # noqa: F401  a fixture
 
+from atlas_dataset.procedural import BODY_REGIONS, region_mask
 from conditioning import encode_long_prompt, encode_prompts, same_length
 from diffusion import SAMPLERS
 from errors import UserError
 from infer_uv import TexturePipeline
 from infer_uv import main as infer_main
-from pipeline import REGIONS, region_mask
+from interchange import load_any
+from lora_utils import merge_lora
 from render.bodies import load_anny_body
 from render.seams import edge_pairs, fix_seams, seam_error
 from render.utils import fill_outside, uv_mask
@@ -22,6 +24,11 @@ from render.utils import fill_outside, uv_mask
 @pytest.fixture()
 def pipeline(checkpoint):  # noqa: F811
     return TexturePipeline.from_pretrained(checkpoint)
+
+
+@pytest.fixture()
+def cfg(make_config):
+    return make_config()
 
 
 @pytest.fixture()
@@ -55,6 +62,40 @@ def test_several_views_are_read_together(pipeline, person):
     assert np.abs(pixels(one) - pixels(twice)).max() <= 1, "the same view twice says the same"
     (other,) = pipeline(images=[person, Image.new("RGB", (40, 60), "lime")], size=64)
     assert np.abs(pixels(one) - pixels(other)).max() > 0
+
+
+def test_different_people_are_made_at_once(pipeline, person):
+    people = [[person], [], [person]]
+    together = pipeline(["a man", "a woman " * 60, None], people, seeds=[1, 2, 3], size=64)
+    alone = [
+        pipeline(*row, seeds=[seed], size=64)[0]
+        for seed, row in enumerate(zip(("a man", "a woman " * 60, None), people), 1)
+    ]
+    for one, other in zip(together, alone):
+        assert np.abs(pixels(one) - pixels(other)).max() <= 1
+    with pytest.raises(UserError, match="2 prompts"):
+        pipeline(["a man", "a woman"], seeds=[1, 2, 3])
+
+
+def test_pictures_of_any_shape_are_read_at_a_larger_size(checkpoint, person):  # noqa: F811
+    larger = TexturePipeline.from_pretrained(checkpoint, overrides=["model.image_size=64"])
+    (portrait,) = larger(images=[person.resize((48, 64))], size=64)
+    (several,) = larger(images=[person.resize((48, 64)), person], size=64)
+    assert np.abs(pixels(portrait) - pixels(several)).max() > 0
+    with pytest.raises(UserError, match="multiple of 8"):
+        TexturePipeline.from_pretrained(checkpoint, overrides=["model.image_size=50"])(images=[person])
+
+
+def test_a_merged_lora_gives_the_same(checkpoint, cfg):  # noqa: F811
+    loaded, context = load_any(checkpoint, cfg), torch.randn(1, 77, 16)
+    noisy_latents = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        apart = loaded.base.unet(noisy_latents, 7, context).sample
+        merge_lora(loaded.base)
+        merged = loaded.base.unet(noisy_latents, 7, context).sample
+        merge_lora(loaded.base)  # a second time changes nothing
+        again = loaded.base.unet(noisy_latents, 7, context).sample
+    assert torch.allclose(apart, merged, atol=1e-4) and torch.equal(merged, again)
 
 
 def test_long_prompts_are_read_to_their_end(base, pipeline):
@@ -91,7 +132,7 @@ def test_editing_keeps_what_is_outside_the_mask(pipeline):
 
 
 def test_regions_cover_annys_texture():
-    masks = {name: region_mask(name, 128) for name in REGIONS}
+    masks = {name: region_mask(name, 128) for name in BODY_REGIONS}
     together = torch.stack([*masks.values()]).amax(0)
     assert together[uv_mask(load_anny_body(), 128)].mean() > 0.98
     assert all(0.002 < mask.mean() < 0.6 for mask in masks.values())

@@ -1,0 +1,56 @@
+"""What --seam-fix does to generated textures: colour jumps across seams before and after, and what stays as it was.
+
+    python benchmarks/seams.py                       # eight textures of the embedded checkpoint, at 1024 texels
+
+Seam error: the mean colour difference across paired texels of the seams over the same across other edges (1: no seam to
+be seen). The last line is JSON.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from scipy.ndimage import distance_transform_edt
+
+from checkpoints import EMBEDDED_CHECKPOINT
+from evaluate import held_out_paintings
+from images import pixels_from_image, texture_pixels
+from pipeline import TexturePipeline
+from render.seams import REACH, fix_seams, seam_error, seam_points
+from render.utils import fill_outside
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default=EMBEDDED_CHECKPOINT)
+    parser.add_argument("--count", type=int, default=8)
+    parser.add_argument("--size", type=int, default=1024)
+    args = parser.parse_args()
+    pipeline = TexturePipeline.from_pretrained(args.checkpoint)
+    body, rows = pipeline.body, []
+    _, touched = seam_points(body, args.size)
+    prompts = [outfit.prompt for outfit, _ in held_out_paintings(args.count)]
+    for texture in pipeline(prompts, seeds=range(args.count), size=args.size):
+        mask = pixels_from_image(texture)[3] > 0
+        before = (texture_pixels(texture, args.size) + 1) / 2
+        began = time.perf_counter()
+        after = fill_outside(fix_seams(body, before), mask)
+        seconds = time.perf_counter() - began
+        far = mask & torch.from_numpy(distance_transform_edt(~touched) > REACH)
+        changed = (after - before)[:, far].square().mean()
+        rows.append((seam_error(body, before), seam_error(body, after), float("inf") if changed == 0 else
+                     float(-10 * changed.log10()), seconds))  # fmt: skip
+        print("seam error {:.2f} -> {:.2f}, PSNR of texels farther than {reach}: {:.1f} dB, {:.1f} s".format(
+            *rows[-1], reach=REACH))  # fmt: skip
+    names = ("seam_error_before", "seam_error_after", "psnr_inside", "seconds")
+    print(json.dumps({name: statistics.median(values) for name, values in zip(names, zip(*rows))}))
+
+
+if __name__ == "__main__":
+    main()
