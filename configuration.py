@@ -42,7 +42,6 @@ Precision = Annotated[
     Literal["auto", "no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)
 ]
 Positive = Annotated[int, Field(gt=0)]
-BodyRegion = Literal["face", "hair", "top", "bottom", "arms", "legs", "feet"]
 Share = Annotated[Number, Field(ge=0, le=1)]
 
 
@@ -125,7 +124,6 @@ class Training(Section):
     ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = None  # checkpoints hold the average; null: none
     min_snr_gamma: Annotated[Number, Field(gt=0)] | None = None  # weight of timesteps (Hang et al. 2023), 5 say
     outside_weight: Share = 1.0  # of texels outside the UV islands in the loss; 0 leaves them out
-    region_weights: dict[BodyRegion, Annotated[Number, Field(gt=0)]] | None = None  # in the loss; anny alone
     joint: Schedule = Schedule()
     t2uv: Schedule = Schedule()
     i2uv: Schedule = Schedule()

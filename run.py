@@ -15,7 +15,6 @@ from torch.nn import functional as F
 import processes
 from atlas_dataset.building import build_dataset
 from atlas_dataset.dataset import ATLASLarge, ProceduralTextures, fingerprint
-from atlas_dataset.procedural import region_mask
 from base_model import BaseModel, load_configured_base, pick_device
 from caching import use_caches
 from conditioning import encode_prompts, make_aligner, picture_size
@@ -162,27 +161,15 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
     )
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     ema = EMAModel(parameters, decay=settings.ema_decay) if settings.ema_decay else None
-    texel_weight = texel_weights(cfg, body, dataset.resolution, base.vae_scale)
-    texel_weight = None if texel_weight is None else texel_weight.to(device)
+    texel_weight = None
+    if settings.outside_weight < 1:
+        side = dataset.resolution // base.vae_scale
+        inside = F.interpolate(uv_mask(body, dataset.resolution)[None, None].float(), size=(side, side), mode="area")
+        texel_weight = (inside + settings.outside_weight * (1 - inside))[0, 0].to(device)
     return Run(
         cfg, task, base, aligner, parameters, dataset, validation, body, optimizer, lr_scheduler, scaler, ema,
         precision, total_steps, texel_weight, null_states,
     )  # fmt: skip
-
-
-def texel_weights(cfg: Config, body: Body, resolution: int, vae_scale: int) -> torch.Tensor | None:
-    """Weight of each latent in the loss, (R/8, R/8), by what lies under it; None where all are alike."""
-    outside, regions = cfg.training.outside_weight, cfg.training.region_weights or {}
-    if regions and cfg.data.body != "anny":
-        raise UserError(
-            f"training.region_weights: regions are known on anny alone, not on {cfg.data.body}; set it to null"
-        )
-    if outside == 1 and not regions:
-        return None
-    weights = outside + (1 - outside) * uv_mask(body, resolution).float()
-    for name, weight in regions.items():
-        weights = torch.where(region_mask(name, resolution) > 0, weight, weights)
-    return F.avg_pool2d(weights[None], vae_scale)[0]
 
 
 def _add_trained(cfg: Config, task: str, base: BaseModel) -> tuple[torch.nn.Module | None, list[dict]]:

@@ -7,20 +7,18 @@ seams, and everything follows from (outfit, seed).
 import functools
 import zlib
 from dataclasses import dataclass, replace
-from typing import get_args
 
 import numpy as np
 import torch
 
 from atlas_dataset.grammar import COLOURS, ETHNICITIES, FEMALE, HAIR, HEMS, LEGS, SLEEVES, STYLES, Outfit
-from configuration import BodyRegion
 from render.bodies import Body, load_anny, load_anny_body
 from render.utils import interpolate, rasterize_uv, vertex_normals
 
 PAINTER = 3  # to be raised when the same outfit and seed are painted differently: data sets are built anew
 # What a texel shows, as numbered in a painting's regions.
 OUTSIDE, SKIN, TOP, BOTTOM, HAIR_REGION, SHOES, DETAIL = range(7)
-BODY_REGIONS = get_args(BodyRegion)  # whatever is painted there
+BODY_REGIONS = ("face", "hair", "top", "bottom", "arms", "legs", "feet")  # whatever is painted there
 ARM_LENGTH = 0.52  # metres, shoulder to wrist
 WAIST, NECK = 0.95, 1.375  # metres above the ground, as are all heights here
 EYE, MOUTH, BROW = np.array([0.030, 1.515, 0.107], np.float32), 1.447, 1.538

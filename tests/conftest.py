@@ -124,8 +124,8 @@ def make_config(tiny_base, dataset_dir, mesh, tmp_path):
             f"output.out_dir={tmp_path / 'checkpoints'}", f"output.log_dir={tmp_path / 'logs'}",
             "training.mixed_precision=no", "training.device=cpu", "inference.num_inference_steps=2",
             "output.sample_prompts=[a man in red]", "output.sample_every=1000", "data.validation_textures=0",
-            "training.ema_decay=null", "training.outside_weight=1", "training.region_weights=null",
-            "model.prompt_template={prompt}", "model.image_size=null", "output.half_precision=false",
+            "training.ema_decay=null", "training.outside_weight=1", "output.half_precision=false",
+            "model.prompt_template={prompt}", "model.image_size=null",
             "output.log_every=10", "output.save_every=250", "output.keep_last=null", "output.validate_every=100",
             "model.lora.r=16", "model.lora.alpha=16", "data.views_per_texture=4",
             "model.lora.target_modules=[to_q, to_k, to_v, to_out.0, proj_in, proj_out, ff.net.0.proj, ff.net.2, conv1, "

@@ -4,12 +4,10 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from atlas_dataset.procedural import region_mask
-from errors import UserError
 from lora_utils import lora_parameters
 from objective import RowDraws, batch_losses, validation_losses
-from render.utils import load_body, uv_mask
-from run import set_up, texel_weights
+from render.utils import uv_mask
+from run import set_up
 
 NO_CACHE = "data.cache=none"
 
@@ -125,19 +123,6 @@ def test_a_share_of_rows_is_conditioned_on_both(make_config, monkeypatch):
     )
     blended = (weights < 0.999).float().mean()
     assert 0.3 < blended < 0.7 and weights.min() < 0.4
-
-
-def test_small_regions_can_weigh_more(make_config):
-    with pytest.raises(UserError, match="null"):
-        joint_run(make_config, "training.region_weights.hair=4", "data.cache=none")
-    cfg = make_config("training.outside_weight=0.25", "data.body=anny")
-    cfg = cfg.model_copy(
-        update={"training": cfg.training.model_copy(update={"region_weights": {"hair": 4, "face": 3}})}
-    )
-    weights = texel_weights(cfg, load_body("anny"), 128, 8)
-    assert weights.shape == (16, 16) and weights.min() == 0.25 and 3 < weights.max() <= 4
-    hair = torch.nn.functional.avg_pool2d(region_mask("hair", 128)[None], 8)[0]
-    assert weights[hair == 1].min() >= 3 and weights[hair == 0].max() <= 3
 
 
 def test_texels_outside_the_islands_can_be_left_out(make_config):

@@ -14,7 +14,7 @@ from conditioning import encode_prompts
 @pytest.fixture()
 def small_run(tmp_path, monkeypatch):
     arguments = "--out base --work work --renders 40 --outfits 80 --clip-steps 2 --image-steps 2 --vae-steps 2"
-    arguments = f"{arguments} --unet-steps 2 --mixed-precision no --device cpu".split()
+    arguments = f"{arguments} --text-steps 2 --unet-steps 2 --mixed-precision no --device cpu".split()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["pretrain_base.py", *arguments])
     return tmp_path
