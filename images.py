@@ -36,6 +36,16 @@ def open_image(source: str | Path | bytes, name: str | None = None, size: int | 
         ) from None
 
 
+def picture_files(folder: str | Path) -> list[Path]:
+    """The pictures in a folder, in the order of their names. Raises UserError when there are none."""
+    found = sorted(
+        path for path in Path(folder).glob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
+    )
+    if not found:
+        raise UserError(f"no pictures in {folder}; give a folder of PNG, JPEG or WebP files")
+    return found
+
+
 def prepare_image(image: Image.Image, size: int | tuple[int, int]) -> Tensor:
     """A picture of a person, padded with black to the shape of size, a square's side or (height, width) → (3, height,
     width) in [-1, 1]."""

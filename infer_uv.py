@@ -25,7 +25,7 @@ from diffusion import SAMPLERS
 from errors import UserError, exit_on_user_error, reason
 from files import check_writable, write_whole
 from generation import check_takes_pictures
-from images import PICTURE_SUFFIXES, encode_image, open_image, texture_pixels
+from images import encode_image, open_image, picture_files, texture_pixels
 from pipeline import TexturePipeline, read_mask
 from render.export import SUFFIXES, export_body
 from render.rigs import load_rig
@@ -141,18 +141,11 @@ def read_prompts_file(path: str) -> list[str]:
     return [prompt for prompt in prompts if prompt]
 
 
-def pictures_in(folder: str) -> list[str]:
-    found = sorted(str(path) for path in Path(folder).glob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
-    if not found:
-        raise UserError(f"no pictures in {folder}; give a folder of PNG, JPEG or WebP files")
-    return found
-
-
 def list_jobs(args: argparse.Namespace) -> list[Job]:
     """All textures that the arguments ask for. Names follow from the input and the seed alone, so that they are the
     same when a list is run again."""
     prompts = read_prompts_file(args.prompts_file) if args.prompts_file else [args.prompt]
-    pictures = [(path,) for path in pictures_in(args.images)] if args.images else [tuple(args.image or ())]
+    pictures = [(str(path),) for path in picture_files(args.images)] if args.images else [tuple(args.image or ())]
     jobs, numbered = [], args.prompts_file is not None
     for number, prompt in enumerate(prompts):
         for images in pictures:

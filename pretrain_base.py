@@ -630,11 +630,12 @@ precision: UNet {unet:.1f} M parameters on 32x32x8 latents of 256x256 pictures, 
 {text_encoder:.1f} M, image encoder {image_encoder:.1f} M, a byte-level BPE of the prompts' own words.
 
 Trained from nothing by `python pretrain_base.py` on {renders} captioned pictures, a quarter of them renders of
-procedurally dressed bodies (Anny), the rest textures of such bodies in {layouts} UV layouts that are not Anny's own;
-for the encoders on {outfits} further outfits in {views} poses each; for the autoencoder on patchworks of fabric too.
-It never saw a texture in the layout that joint training teaches. The encoders learned contrastively, two views of an
-outfit against each other and against captions, some of them nearly right, and to tell the outfits' colours. It is no
-use for anything but this project's demonstration and tests.
+procedurally dressed bodies (Anny), the rest textures of such bodies in {layouts} UV layouts that are not Anny's own
+(captions end with ", uv 0" to ", uv 11"); for the encoders on {outfits} further outfits in {views} poses each; for the
+autoencoder on patchworks of fabric too. It never saw a texture in the layout that joint training teaches. The encoders
+learned contrastively, two views of an outfit against each other and against captions, some of them nearly right; then
+each learned to tell in words what the outfits are, the text encoder from captions, the image encoder from pictures. It
+is no use for anything but this project's demonstration and tests.
 
 | stage | steps | seconds ({device}, {precision}) | first loss | last loss |
 | --- | --- | --- | --- | --- |

@@ -1,7 +1,6 @@
 """What each render shows: pose, shape, camera, light and background, from (seed, texture, view) alone."""
 
 import functools
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,8 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from configuration import Render
-from errors import UserError
-from images import PICTURE_SUFFIXES, open_image, pixels_from_image
+from images import open_image, picture_files, pixels_from_image
 from render.rigs import StillRig
 from render.utils import (
     Cameras,
@@ -24,6 +22,7 @@ from render.utils import (
 )
 
 VIEWS_AT_ONCE = 4  # bounds the renderer's memory
+background_files = functools.lru_cache(maxsize=4)(picture_files)  # listed once
 WAIST, KNEES = 0.55, 0.28  # of a standing body's height
 
 
@@ -120,15 +119,6 @@ def make_background(kind: str, rng: np.random.Generator, height: int, width: int
     image = image.resize((max(width, round(image.width * scale)), max(height, round(image.height * scale))))
     left, top = rng.integers(0, image.width - width + 1), rng.integers(0, image.height - height + 1)
     return (pixels_from_image(image.crop((left, top, left + width, top + height))) + 1) / 2
-
-
-@functools.lru_cache(maxsize=4)
-def background_files(folder: str) -> tuple[Path, ...]:
-    """The folder's pictures in the order of their names. Raises UserError when there are none."""
-    files = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
-    if not files:
-        raise UserError(f"no pictures in data.render.background_folder {folder}")
-    return tuple(files)
 
 
 def render_texture(

@@ -6,11 +6,14 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
+from test_inference import checkpoint  # noqa: F401  a fixture
 from transformers import CLIPTextModel, CLIPVisionModel
 
 from base_model import load_base
 from conditioning import PooledAligner, QueryAligner, encode_prompts
+from diffusion import inference_scheduler
 from errors import UserError
+from generation import generate, prompt_condition, unit_noise
 from interchange import layout_of, load_any
 from lora_utils import LORA_FILE, add_lora, export_lora, save_lora
 
@@ -153,3 +156,18 @@ def test_unknown_layouts_and_other_bases_are_refused(ours, cfg, tmp_path, tiny_b
     save_lora(wrong, tmp_path / "other")
     with pytest.raises(UserError, match="another base"):
         load_any(tmp_path / "other", cfg)
+
+
+def test_plain_diffusers_makes_our_picture(checkpoint, cfg, tiny_base):  # noqa: F811
+    loaded = load_any(checkpoint, cfg)
+    ours = generate(loaded, prompt_condition(loaded, PROMPT), "", [3], num_inference_steps=4, guidance_scale=3.0)
+    plain = StableDiffusionPipeline.from_pretrained(tiny_base)
+    plain.load_lora_weights(checkpoint)
+    plain.scheduler = inference_scheduler(loaded.base.noise_scheduler)
+    plain.set_progress_bar_config(disable=True)
+    side = loaded.base.native_resolution
+    theirs = plain(
+        PROMPT, height=side, width=side, num_inference_steps=4, guidance_scale=3.0, negative_prompt="",
+        latents=unit_noise(loaded, [3]), output_type="pt",
+    ).images  # fmt: skip
+    assert ours.std() > 0.01 and torch.allclose((ours + 1) / 2, theirs, atol=1e-4)
