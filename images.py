@@ -36,11 +36,13 @@ def open_image(source: str | Path | bytes, name: str | None = None, size: int | 
         ) from None
 
 
+def is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
+
+
 def picture_files(folder: str | Path) -> list[Path]:
     """The pictures in a folder, in the order of their names. Raises UserError when there are none."""
-    found = sorted(
-        path for path in Path(folder).glob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
-    )
+    found = sorted(path for path in Path(folder).glob("*") if is_picture(path))
     if not found:
         raise UserError(f"no pictures in {folder}; give a folder of PNG, JPEG or WebP files")
     return found

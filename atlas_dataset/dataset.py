@@ -16,7 +16,7 @@ from atlas_dataset.procedural import PAINTER, paint
 from atlas_dataset.views import render_texture
 from configuration import Render
 from errors import UserError, reason
-from images import PICTURE_SUFFIXES, encode_image, image_from_pixels, open_image, prepare_image, texture_pixels
+from images import encode_image, image_from_pixels, is_picture, open_image, prepare_image, texture_pixels
 from render.rigs import load_rig
 from render.utils import fill_outside, uv_mask
 
@@ -51,11 +51,7 @@ class HuggingFaceATLAS(Dataset):
 
     def __init__(self, source: str, prompts: str | Path | None, cache_dir: str | None = None):
         folder = Path(source)
-        pictures = (
-            sorted(p for p in folder.glob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
-            if folder.is_dir()
-            else []
-        )
+        pictures = sorted(path for path in folder.glob("*") if is_picture(path)) if folder.is_dir() else []
         self.rows = pictures or self._open_atlas(source, cache_dir)
         if prompts is None:
             raise UserError("ATLAS keeps its prompts apart; give their file with --prompts")

@@ -15,7 +15,7 @@ from PIL import ImageColor
 
 from errors import UserError, exit_on_user_error
 from files import write_whole
-from images import PICTURE_SUFFIXES, encode_image, open_image, texture_pixels
+from images import encode_image, open_image, picture_files, texture_pixels
 from render.rigs import load_rig
 from render.turntable import SUFFIXES, contact_sheet, save_turntable, turntable_frames
 
@@ -33,10 +33,7 @@ def jobs(texture: Path, out: Path, chosen: str | None) -> list[tuple[Path, Path]
         if out.suffix.lower() not in SUFFIXES:
             raise UserError(f"--out {out}: write .gif, .webp, .mp4, .png (a contact sheet), or a folder (frames)")
         return [(texture, out)]
-    found = sorted(path for path in texture.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
-    if not found:
-        raise UserError(f"no pictures in {texture}")
-    return [(path, out / (path.stem + FORMATS[chosen or "gif"])) for path in found]
+    return [(path, out / (path.stem + FORMATS[chosen or "gif"])) for path in picture_files(texture)]
 
 
 def main():
