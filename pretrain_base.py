@@ -443,8 +443,8 @@ def train_text(out: Path, work: Path, pictures, labels, steps: int, batch: int, 
 
 
 def train_image(out: Path, work: Path, pictures, labels, parts, steps: int, batch: int, device, precision) -> dict:
-    """The image encoder goes on against the finished text encoder: its patches tell where PARTS are and, pooled over
-    them, which colour each has and what words name it. parts: (N, VIEWS, PARTS, 8, 8) uint8 of `render_parts`."""
+    """The image encoder goes on against the finished text encoder: its patches tell where PARTS are and which colour
+    each has, and what words name them. parts: (N, VIEWS, PARTS, 8, 8) uint8 of `render_parts`."""
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     text = CLIPTextModelWithProjection.from_pretrained(out / "text_encoder", dtype=torch.float32).to(device).eval()
     image = CLIPVisionModelWithProjection.from_pretrained(out / "image_encoder", dtype=torch.float32).to(device)
@@ -472,9 +472,9 @@ def train_image(out: Path, work: Path, pictures, labels, parts, steps: int, batc
         chosen = torch.from_numpy(np.stack([pictures[row, view] for row, view in zip(rows, views)])).float()
         shares = F.interpolate(torch.from_numpy(parts[rows, views]).float(), size=CLIP_RESOLUTION)
         both = augment(torch.cat([chosen, shares], 1).to(device) / 255, torch.Generator().manual_seed(step))
-        if rng.uniform() < 0.5:  # larger and 3:4, as sharper pictures will come, with positions interpolated
+        if rng.uniform() < 0.75:  # larger and 3:4, as sharper pictures will come, with positions interpolated
             margin = CLIP_RESOLUTION // 8
-            both = F.interpolate(both[..., margin:-margin], scale_factor=1.5, mode="bilinear")
+            both = F.interpolate(both[..., margin:-margin], scale_factor=2, mode="bilinear")
         with autocast(device, precision):
             encoded = image.vision_model(pixel_values=(both[:, :3] - mean) / std, interpolate_pos_encoding=True)
             tokens = image.vision_model.post_layernorm(encoded.last_hidden_state[:, 1:])
@@ -482,8 +482,10 @@ def train_image(out: Path, work: Path, pictures, labels, parts, steps: int, batc
             where, guessed = heads["where"](tokens).float(), heads["colours"](tokens).float()
         target = F.avg_pool2d(both[:, 3:], image.config.patch_size).flatten(2).transpose(1, 2)  # (B, patches, PARTS)
         located = F.binary_cross_entropy_with_logits(where, target)
-        guessed = (guessed.unflatten(-1, (len(PARTS), 3)) * (3 * where).softmax(1)[..., None]).sum(1)
-        error = (guessed - colours[rows].to(device)).abs().mean(-1)[has_colour[rows].to(device)].mean()
+        # Each patch tells the colour of what it shows; of each part all its patches together count alike.
+        error = (guessed.unflatten(-1, (len(PARTS), 3)) - colours[rows, None].to(device)).abs().mean(-1)
+        known = has_colour[rows].to(device) & (target.sum(1) > 0.1)
+        error = ((error * target).sum(1) / target.sum(1).clamp(min=0.1))[known].mean()
         known = captioned[rows]
         logits = 30 * image_embeds[known.to(device)] @ text_embeds[torch.from_numpy(rows)[known].to(device)].T
         matching = F.cross_entropy(logits, torch.arange(len(logits), device=device))
@@ -663,9 +665,9 @@ def main():
     parser.add_argument("--outfits", type=int, default=4000, help="outfits rendered in several poses")
     parser.add_argument("--clip-steps", type=int, default=750)
     parser.add_argument("--text-steps", type=int, default=1200)
-    parser.add_argument("--image-steps", type=int, default=4500)
+    parser.add_argument("--image-steps", type=int, default=4800)
     parser.add_argument("--vae-steps", type=int, default=2600)
-    parser.add_argument("--unet-steps", type=int, default=3200)
+    parser.add_argument("--unet-steps", type=int, default=3600)
     parser.add_argument("--mixed-precision", choices=("auto", "no", "bf16", "fp16"), default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -683,7 +685,7 @@ def main():
     summary["clip"] = train_clip(args.out, args.work, *outfits, args.clip_steps, 64, **common)
     summary["text"] = train_text(args.out, args.work, *outfits, args.text_steps, 96, **common)
     parts, _ = load_renders(args.work, "parts", render_parts, args.outfits * 3 // 5, seed=0)
-    summary["image"] = train_image(args.out, args.work, *outfits, parts, args.image_steps, 48, **common)
+    summary["image"] = train_image(args.out, args.work, *outfits, parts, args.image_steps, 24, **common)
     summary["vae"] = train_vae(args.out, args.work, pictures, args.vae_steps, 24, **common)
     summary["unet"] = train_unet(args.out, args.work, pictures, labels, args.unet_steps, 24, **common)
     (args.out / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
