@@ -352,12 +352,13 @@ def view_of(painting: Painting, index: int) -> tuple[Image.Image, Tensor]:
 def textures_from(trained: TrainedModel, states: list[Tensor], name: str) -> Tensor:
     """encoder_hidden_states (1, L, D) each → textures (B, 3, SIZE, SIZE) in [0, 1], each from its own seed."""
     cfg, device, made = trained.cfg, trained.base.device, []
+    image_scale = cfg.inference.image_guidance_scale if name == "i2uv" else None  # of a picture alone
     with autocast(device, resolve_precision(cfg.training.mixed_precision, device)):
         for start in tqdm(range(0, len(states), 8), name):
             rows = torch.cat(states[start : start + 8])
             made.append(generate(
                 trained, rows, cfg.inference.negative_prompt, [SEED + start + row for row in range(len(rows))],
-                cfg.inference.num_inference_steps, cfg.inference.guidance_scale,
+                cfg.inference.num_inference_steps, image_scale or cfg.inference.guidance_scale,
             ).cpu())  # fmt: skip
     textures = F.interpolate(torch.cat(made), size=(SIZE, SIZE), mode="bilinear", antialias=True)
     return (textures + 1) / 2
