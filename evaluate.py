@@ -201,12 +201,18 @@ class Tally:
         return out
 
 
-def score(tally: Tally, task: str, outfit: Outfit, painting: Painting, texture: Tensor, classifier, limb_masks) -> None:
-    """Adds one generated texture (3, SIZE, SIZE) in [0, 1]."""
+def colour_right(tally: Tally, task: str, outfit: Outfit, painting: Painting, texture: Tensor) -> dict[str, Tensor]:
+    """Adds whether each region of texture (3, SIZE, SIZE) in [0, 1] has its colour → the regions' colours."""
     medians = {name: region_colour(texture, painting, region) for name, region in REGIONS.items()}
     for region, word in colours_named(outfit).items():
         if medians[region] is not None:
             tally.add(f"{task}.color.{region}", nearest_word(medians[region], words_for(region)) == word)
+    return medians
+
+
+def score(tally: Tally, task: str, outfit: Outfit, painting: Painting, texture: Tensor, classifier, limb_masks) -> None:
+    """Adds one generated texture (3, SIZE, SIZE) in [0, 1]."""
+    medians = colour_right(tally, task, outfit, painting, texture)
     for style, region in ((outfit.top_style, TOP), (outfit.bottom_style, BOTTOM)):
         if style:
             named = style if style in PATTERNS else "plain"

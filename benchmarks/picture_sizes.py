@@ -1,0 +1,48 @@
+"""Does a checkpoint follow pictures better when its image encoder reads them larger, with interpolated positions?
+
+    python benchmarks/picture_sizes.py               # the embedded checkpoint: 128 padded to a square, 192, 256, 384
+
+The same held-out people as evaluate.py's, the same pictures and seeds; only `model.image_size` changes. The last line
+is JSON.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from checkpoints import EMBEDDED_CHECKPOINT, load_checkpoint
+from evaluate import Tally, colour_right, condition, held_out_paintings, score_pixels, textures_from, view_of
+from lora_utils import merge_lora
+
+
+@torch.no_grad()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default=EMBEDDED_CHECKPOINT)
+    parser.add_argument("--limit", type=int, default=64, help="pictures (default: %(default)s)")
+    parser.add_argument(
+        "--sizes", nargs="+", default=["null", "192", "256", "384"], help="null: the encoder's own square"
+    )
+    args = parser.parse_args()
+    truths = held_out_paintings(args.limit)
+    views = [view_of(painting, index) for index, (_, painting) in enumerate(truths)]
+    found = {}
+    for size in args.sizes:
+        trained, tally = load_checkpoint(args.checkpoint, [f"model.image_size={size}"]), Tally()
+        merge_lora(trained.base)
+        states = [condition(trained, None, picture, 1) for picture, _ in views]
+        for (outfit, painting), (_, seen), texture in zip(truths, views, textures_from(trained, states, "i2uv")):
+            colour_right(tally, "i2uv", outfit, painting, texture)
+            score_pixels(tally, painting, seen, texture)
+        found[size] = tally.nested()["i2uv"]
+        print(size, json.dumps(found[size]), flush=True)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
