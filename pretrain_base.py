@@ -597,6 +597,7 @@ def train_unet(out: Path, work: Path, pictures, labels, steps: int, batch: int, 
     def loss_fn(step):
         rng = np.random.default_rng([4, step])
         latents, count = (small, 2 * batch) if step < SMALL_SHARE * steps else (large, batch)
+        count = min(count, len(latents))
         rows = rng.choice(len(latents), count, replace=False)
         clean = latents[rows].to(device).float()
         encoder_hidden_states = states[rows, rng.integers(0, CAPTIONS, count)]
