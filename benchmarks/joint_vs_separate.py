@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+REGIONS = ("top", "bottom", "hair", "skin")
 OUT = ROOT / "outputs" / "joint_vs_separate"
 
 
@@ -46,15 +47,19 @@ def main():
     runs = [("joint", args.steps)]
     runs += [(task, steps) for task in ("t2uv", "i2uv") for steps in (2 * args.steps, args.steps)]
     rows = [train_and_measure(task, steps, args.limit, overrides) for task, steps in runs]
-    print("\n| run | steps | seconds | T2UV colours | pattern | length | I2UV colours | PSNR |\n|" + " --- |" * 8)
+    print(
+        "\n| run | steps | seconds | T2UV top / bottom / hair / skin | pattern | length | I2UV top / bottom / hair / skin | PSNR |\n|"
+        + " --- |" * 8
+    )
     for row in rows:
         cells = [row["task"], row["steps"], row["seconds"]]
         for task, names in (("t2uv", ("color", "pattern", "length")), ("i2uv", ("color", "psnr"))):
             for name in names:
                 measured = task in row and row["task"] in ("joint", task)
                 value = row[task][name] if measured else "-"
-                cells.append(" / ".join(f"{100 * part:.0f}" for part in value.values()) if isinstance(value, dict)
-                             else value)  # fmt: skip
+                if isinstance(value, dict):
+                    value = " / ".join(f"{100 * value[region]:.0f}" for region in REGIONS)
+                cells.append(value)
         print("| " + " | ".join(map(str, cells)) + " |")
     print(json.dumps(rows))
 
