@@ -47,10 +47,8 @@ def main():
     runs = [("joint", args.steps)]
     runs += [(task, steps) for task in ("t2uv", "i2uv") for steps in (2 * args.steps, args.steps)]
     rows = [train_and_measure(task, steps, args.limit, overrides) for task, steps in runs]
-    print(
-        "\n| run | steps | seconds | T2UV top / bottom / hair / skin | pattern | length | I2UV top / bottom / hair / skin | PSNR |\n|"
-        + " --- |" * 8
-    )
+    names = " / ".join(REGIONS)
+    print(f"\n| run | steps | seconds | T2UV {names} | pattern | length | I2UV {names} | PSNR |\n|" + " --- |" * 8)
     for row in rows:
         cells = [row["task"], row["steps"], row["seconds"]]
         for task, names in (("t2uv", ("color", "pattern", "length")), ("i2uv", ("color", "psnr"))):
