@@ -29,8 +29,8 @@ CARD = """---
 
 # {title}
 
-Human UV textures from a prompt, a picture, or both: a LoRA{aligner} for `{base}`, trained on `{dataset}` for
-{steps} steps ({task}).
+Human UV textures from a prompt, a picture, or both: a LoRA{aligner} for `{base}`, trained on `{dataset}` in {steps}
+steps ({task}).
 
 {pictures}
 
@@ -69,7 +69,9 @@ def read_metrics(path: str | None) -> dict[str, float]:
     return flat
 
 
-def write_card(pipeline: TexturePipeline, folder: Path, out: Path, licence: str, metrics: dict[str, float]) -> None:
+def write_card(
+    pipeline: TexturePipeline, folder: Path, out: Path, title: str, licence: str, metrics: dict[str, float]
+) -> None:
     """Writes out/README.md and its pictures; folder: the checkpoint."""
     cfg, state = pipeline.trained.cfg, json.loads((folder / STATE_FILE).read_text())
     prompts, widget, pictures = cfg.output.sample_prompts or ["a woman in a red dress"], [], []
@@ -88,7 +90,7 @@ def write_card(pipeline: TexturePipeline, folder: Path, out: Path, licence: str,
     )  # fmt: skip
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in metrics.items())
     card = CARD.format(
-        data=data.to_yaml(), title=out.name, aligner=" and an aligner of pictures" if pipeline.trained.aligner else "",
+        data=data.to_yaml(), title=title, aligner=" and an aligner of pictures" if pipeline.trained.aligner else "",
         base=Path(cfg.model.pretrained_model).name if not is_hub_name else cfg.model.pretrained_model,
         dataset=Path(cfg.data.dataset).name, steps=state["global_step"], task=state["task"],
         pictures="\n\n".join(pictures), prompt=prompts[0], template=cfg.model.prompt_template,
@@ -117,7 +119,8 @@ def main():
         check_writable(args.out)
         for name in kept:
             shutil.copyfile(folder / name, args.out / name)
-        write_card(pipeline, folder, args.out, args.licence, metrics)
+        title = Path(args.push_to_hub or args.out).name
+        write_card(pipeline, folder, args.out, title, args.licence, metrics)
         print(args.out / "README.md")
         if args.push_to_hub:
             push_folder(args.out, args.push_to_hub, "model")

@@ -43,7 +43,7 @@ def test_the_card_tells_what_was_measured_and_shows_it(published, tmp_path):
         assert picture.mode == "RGBA" and np.asarray(picture).std() > 0
     assert "| t2uv.color.top | 0.750 |" in body and "| i2uv.psnr | 11.250 |" in body and "Licence: mit" in body
     assert str(tmp_path) not in (out / "README.md").read_text(), "no path of this machine"
-    assert uploads[0] == "someone/textures" and uploads[1]["repo_type"] == "model"
+    assert "# textures\n" in body and uploads[0] == "someone/textures" and uploads[1]["repo_type"] == "model"
     (texture,) = TexturePipeline.from_pretrained(out)(prompt="a man in red", size=32)
     assert texture.size == (32, 32)
 
