@@ -98,7 +98,8 @@ def region_mask(name: str, size: int) -> torch.Tensor:
     on_torso = (maps.arm < 0) & ~maps.is_head & ~maps.is_hand
     face = maps.is_head & (z > 0.03) & (y < 1.575)
     found = {
-        "face": face, "hair": maps.is_head & ~face, "top": on_torso & (y > 0.86),
+        "face": face, "hair": maps.is_head & ~face,
+        "top": (on_torso & (y > 0.86)) | ((maps.arm >= 0) & ~maps.is_hand),  # with its sleeves
         "arms": (maps.arm >= 0) | maps.is_hand,
         "bottom": on_torso & (y < 0.99) & (y > 0.45), "legs": on_torso & (y < 0.99) & ~maps.is_foot,
         "feet": maps.is_foot,
