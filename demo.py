@@ -24,7 +24,7 @@ PROMPTS = (  # combinations that `Outfit.held_out` keeps out of training
     "Asian, young girl, green jacket, orange shorts, brown hair",
 )
 # As the embedded checkpoint was trained, with less data and fewer steps, so that all is done in a quarter of an hour:
-# first on textures of half the size, which take a quarter of the time.
+# first on textures of half the size, whose steps take less than half the time.
 DATA = ("--data.dataset=procedural:600", "--data.views_per_texture=2", "--output.sample_every=2000")
 SMALL = ("--data.resolution=128", "--training.joint.max_steps=1200")
 LARGE = ("--resume", "auto", "--training.joint.max_steps=1350", "--training.joint.lr_scheduler=constant",

@@ -53,10 +53,8 @@ from render.utils import ambient_light, fill_outside, look_at, orbit_cameras, re
 RESOLUTION, PATCH = 256, 8  # side in pixels of a picture, and of what one latent stands for
 CLIP_RESOLUTION = 128
 CAPTIONS = 4  # of a picture
-SMALL_SHARE, LARGE = (
-    0.75,
-    3000,
-)  # share of the UNet's steps on pictures of half the size, twice as many; count of others
+SMALL_SHARE = 0.75  # of the UNet's steps: pictures of half the size, and twice as many
+LARGE = 3000  # pictures for its other steps
 LAYOUTS = 12  # other ways to unwrap the body; Anny's own is left to the joint training
 VIEWS = 3  # of an outfit, for the image encoder
 OUTFIT_RENDER = Render(fill=[0.5, 0.95])

@@ -35,6 +35,7 @@ def main():
     pipeline = TexturePipeline.from_pretrained(args.checkpoint)
     body, rows = pipeline.body, []
     _, touched = seam_points(body, args.size)
+    is_far = torch.from_numpy(distance_transform_edt(~touched) > REACH)
     prompts = [outfit.prompt for outfit, _ in held_out_paintings(args.count)]
     for texture in pipeline(prompts, seeds=range(args.count), size=args.size):
         mask = pixels_from_image(texture)[3] > 0
@@ -42,8 +43,7 @@ def main():
         began = time.perf_counter()
         after = fill_outside(fix_seams(body, before), mask)
         seconds = time.perf_counter() - began
-        far = mask & torch.from_numpy(distance_transform_edt(~touched) > REACH)
-        changed = (after - before)[:, far].square().mean()
+        changed = (after - before)[:, mask & is_far].square().mean()
         rows.append((seam_error(body, before), seam_error(body, after), float("inf") if changed == 0 else
                      float(-10 * changed.log10()), seconds))  # fmt: skip
         print("seam error {:.2f} -> {:.2f}, PSNR of texels farther than {reach}: {:.1f} dB, {:.1f} s".format(
