@@ -4,7 +4,7 @@ BIN := .venv/bin
 .PHONY: setup demo test lint
 setup: .venv/.ready
 demo: setup
-	$(BIN)/python demo.py
+	$(BIN)/python -m embedded.demo
 test: .venv/.ready-test
 	$(BIN)/python -m pytest --cov --cov-fail-under=85
 lint: .venv/.ready-test

@@ -18,15 +18,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-import processes
-from atlas_dataset.procedural import BODY_REGIONS
-from configuration import DEFAULT_CONFIG, dotted_overrides
-from diffusion import SAMPLERS
-from errors import UserError, exit_on_user_error, reason
-from files import check_writable, write_whole
-from generation import check_takes_pictures
-from images import encode_image, open_image, picture_files, texture_pixels
-from pipeline import TexturePipeline, read_mask
+from common import processes
+from common.errors import UserError, exit_on_user_error, reason
+from common.files import check_writable, write_whole
+from common.pictures import encode_image, open_image, picture_files, texture_pixels
+from config.configuration import DEFAULT_CONFIG, dotted_overrides
+from embedded.painter import BODY_REGIONS
+from models.diffusion import SAMPLERS
+from models.generation import check_takes_pictures
+from models.pipeline import TexturePipeline, read_mask
 from render.export import SUFFIXES, export_body
 from render.rigs import load_rig
 from render.turntable import contact_sheet, save_turntable, turntable_frames

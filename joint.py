@@ -3,9 +3,9 @@
 python joint.py --config config/train_config.yaml --training.joint.max_steps=200
 """
 
-from configuration import parse_training_args
-from errors import exit_on_user_error
-from training import train
+from common.errors import exit_on_user_error
+from config.configuration import parse_training_args
+from training.loop import train
 
 
 def main():

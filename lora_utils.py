@@ -11,7 +11,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from errors import UserError, exit_on_user_error, reason
+from common.errors import UserError, exit_on_user_error, reason
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTED = ("unet", "text_encoder")

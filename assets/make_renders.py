@@ -12,8 +12,8 @@ import torch
 
 from atlas_dataset.dataset import ProceduralTextures
 from atlas_dataset.views import render_texture
-from configuration import Render
-from images import image_from_pixels, open_image, texture_pixels
+from common.pictures import image_from_pixels, open_image, texture_pixels
+from config.configuration import Render
 from render.rigs import load_rig
 
 

@@ -18,9 +18,9 @@ import datasets
 
 from atlas_dataset.building import build_dataset, verify_dataset
 from atlas_dataset.dataset import INFO_FILE, HuggingFaceATLAS, ProceduralTextures
-from configuration import DEFAULT_CONFIG, dotted_overrides, load_config
-from errors import UserError, exit_on_user_error
-from files import push_folder
+from common.errors import UserError, exit_on_user_error
+from common.files import push_folder
+from config.configuration import DEFAULT_CONFIG, dotted_overrides, load_config
 
 
 def main():

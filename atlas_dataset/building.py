@@ -28,11 +28,11 @@ from tqdm import tqdm
 
 from atlas_dataset.dataset import INFO_FILE
 from atlas_dataset.views import render_texture
-from configuration import Render
-from errors import UserError, reason
-from files import check_writable, temporary_name, write_whole
-from images import body_pixels, encode_image, image_from_pixels, open_image
-from processes import keep_freed_memory
+from common.errors import UserError, reason
+from common.files import check_writable, temporary_name, write_whole
+from common.pictures import body_pixels, encode_image, image_from_pixels, open_image
+from common.processes import keep_freed_memory
+from config.configuration import Render
 from render.rigs import load_rig
 
 TEXTURES_PER_SHARD = 32

@@ -11,14 +11,14 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from atlas_dataset.grammar import sample_outfit
-from atlas_dataset.procedural import PAINTER, paint
 from atlas_dataset.views import render_texture
-from configuration import Render
-from errors import UserError, reason
-from images import encode_image, image_from_pixels, is_picture, open_image, prepare_image, texture_pixels
+from common.errors import UserError, reason
+from common.pictures import encode_image, image_from_pixels, is_picture, open_image, prepare_image, texture_pixels
+from config.configuration import Render
+from embedded.grammar import sample_outfit
+from embedded.painter import PAINTER, paint
+from render.rasteriser import fill_outside, uv_mask
 from render.rigs import load_rig
-from render.utils import fill_outside, uv_mask
 
 INFO_FILE = "atlas_large.json"
 TEXTURES_KEPT = 32

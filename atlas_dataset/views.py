@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from configuration import Render
-from images import open_image, picture_files, pixels_from_image
-from render.rigs import StillRig
-from render.utils import (
+from common.pictures import open_image, picture_files, pixels_from_image
+from config.configuration import Render
+from render.rasteriser import (
     Cameras,
     Lights,
     ambient_light,
@@ -20,6 +19,7 @@ from render.utils import (
     orbit_direction,
     render_views,
 )
+from render.rigs import StillRig
 
 VIEWS_AT_ONCE = 4  # bounds the renderer's memory
 background_files = functools.lru_cache(maxsize=4)(picture_files)  # listed once

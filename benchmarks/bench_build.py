@@ -30,9 +30,9 @@ from torch.utils.data import DataLoader, Dataset
 from atlas_dataset import building
 from atlas_dataset.building import build_dataset
 from atlas_dataset.dataset import ATLASLarge, HuggingFaceATLAS
-from configuration import Render
-from errors import exit_on_user_error
-from images import image_from_pixels, open_image, pixels_from_image, prepare_image, texture_pixels
+from common.errors import exit_on_user_error
+from common.pictures import image_from_pixels, open_image, pixels_from_image, prepare_image, texture_pixels
+from config.configuration import Render
 
 VIEWS, HEIGHT, WIDTH = 5, 1024, 768
 

@@ -19,12 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from diffusers import StableDiffusionPipeline
 
-from base_model import resolve_source
-from checkpoints import EMBEDDED_CHECKPOINT
-from diffusion import autocast, inference_scheduler, resolve_precision
-from generation import finish_texture, generate, prompt_condition
-from pipeline import TexturePipeline
-from processes import keep_freed_memory
+from common.processes import keep_freed_memory
+from models.base import resolve_source
+from models.checkpoints import EMBEDDED_CHECKPOINT
+from models.diffusion import autocast, inference_scheduler, resolve_precision
+from models.generation import finish_texture, generate, prompt_condition
+from models.pipeline import TexturePipeline
 
 PROMPT = "a woman in a yellow dress"
 

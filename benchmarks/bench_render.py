@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from processes import keep_freed_memory
-from render.utils import load_body, orbit_cameras, rasterize, render_views, shade, studio_lights
+from common.processes import keep_freed_memory
+from render.rasteriser import load_body, orbit_cameras, rasterize, render_views, shade, studio_lights
 
 HEIGHT, WIDTH = 1024, 768
 IN_A_ROW = 6

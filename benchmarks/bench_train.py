@@ -30,14 +30,15 @@ from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPVisionModel
 
-from base_model import PROJECT_ROOT, load_base
-from conditioning import encode_images, encode_prompts
-from configuration import DEFAULT_CONFIG, load_config
-from diffusion import autocast, encode_posterior, sample_posterior, training_target
-from errors import exit_on_user_error
-from monitoring import RunLog, peak_flops, peak_memory
-from run import Run, set_up
-from training import open_batches, optimizer_step, save, shuffled_batches
+from common.errors import exit_on_user_error
+from common.files import PROJECT_ROOT
+from config.configuration import DEFAULT_CONFIG, load_config
+from models.base import load_base
+from models.conditioning import encode_images, encode_prompts
+from models.diffusion import autocast, encode_posterior, sample_posterior, training_target
+from training.loop import open_batches, optimizer_step, save, shuffled_batches
+from training.monitoring import RunLog, peak_flops, peak_memory
+from training.run import Run, set_up
 
 WARM_UP = 3
 OURS = {
@@ -49,7 +50,7 @@ OURS = {
 
 def make_sd15_shape(folder: Path) -> Path:
     """Stable Diffusion 1.5 and CLIP ViT-L/14 with random weights, in half precision, and the embedded tokenizer."""
-    tokenizer = load_base("embedded_base").tokenizer
+    tokenizer = load_base("embedded/base").tokenizer
     tokenizer.save_pretrained(folder / "tokenizer")
     parts = {
         "unet": UNet2DConditionModel(sample_size=64, **UNETS["SD 1.5"]),

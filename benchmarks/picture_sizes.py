@@ -15,9 +15,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from checkpoints import EMBEDDED_CHECKPOINT, load_checkpoint
-from evaluate import Tally, colour_right, condition, held_out_paintings, score_pixels, textures_from, view_of
+from evaluation.procedural import (
+    Tally,
+    colour_right,
+    condition,
+    held_out_paintings,
+    score_pixels,
+    textures_from,
+    view_of,
+)
 from lora_utils import merge_lora
+from models.checkpoints import EMBEDDED_CHECKPOINT, load_checkpoint
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from errors import UserError, reason
+from common.errors import UserError, reason
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 
 from PIL import ImageColor
 
-from errors import UserError, exit_on_user_error
-from files import write_whole
-from images import encode_image, open_image, picture_files, texture_pixels
+from common.errors import UserError, exit_on_user_error
+from common.files import write_whole
+from common.pictures import encode_image, open_image, picture_files, texture_pixels
 from render.rigs import load_rig
 from render.turntable import SUFFIXES, contact_sheet, save_turntable, turntable_frames
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from errors import UserError
+from common.errors import UserError
 from render.bodies import Body, load_anny_body, read_obj
 from render.poses import FAMILIES, JOINTS, PHENOTYPE_AXES, anny_vertices, sample_phenotype, sample_pose
 from render.smpl import KINDS, load_smpl_body, motion, motion_files, smpl_vertices

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from errors import UserError, reason
+from common.errors import UserError, reason
 from render.bodies import Body, read_obj
 
 KINDS = ("smpl", "smplh", "smplx")

@@ -1,0 +1,37 @@
+"""What a user can mend: one line on stderr and exit status 2."""
+
+import contextlib
+import sys
+
+STOPPED = 75  # exit status of a run that was asked to stop, saved, and can go on
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong; the message says what, and what to do."""
+
+
+@contextlib.contextmanager
+def exit_on_user_error():
+    """Turns a UserError into one line on stderr and exit status 2; any other error keeps its traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an exception's message, or its type's name."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """A UserError from a DataLoader's worker loses the traceback that the loader puts into its message."""
+    try:
+        yield
+    except UserError as error:
+        prefix = f"{UserError.__module__}.{UserError.__qualname__}: "
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix(prefix)) from None

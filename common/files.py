@@ -1,0 +1,60 @@
+"""Writing to disk, whole files or none, and from there to the hub."""
+
+import contextlib
+import os
+import socket
+from pathlib import Path
+
+from common.errors import UserError, reason
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+# What ships with the project, by the names it had in configurations and commands of earlier versions.
+MOVED = {"embedded_base": "embedded/base", "embedded_checkpoint": "embedded/checkpoint"}
+
+
+def current_name(name: str) -> str:
+    """Where MOVED says that `name` lies today, unless there is something of that name."""
+    return MOVED[name] if name in MOVED and not Path(name).exists() else name
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raises UserError unless folder `path` exists, or can be made, and can be written to; makes it."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make folder {path}: {reason(error)}; choose another place") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"cannot write to folder {path}; choose another place or change its permissions")
+
+
+def temporary_name(path: Path) -> Path:
+    """Beside path, hidden, and of this process alone: two that write one file do not meet in it."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    """Writes a file under a temporary name and renames it. Raises UserError when that fails."""
+    path = Path(path)
+    partial = temporary_name(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {reason(error)}; choose another place") from None
+
+
+def push_folder(folder: Path, repository: str, repo_type: str) -> None:
+    """Uploads a finished folder to the hub. repo_type: "model" or "dataset". Raises UserError when that fails."""
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, repo_type=repo_type, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, repo_type=repo_type, ignore_patterns=[".*"])
+    except Exception as error:  # network, rights, names
+        raise UserError(
+            f"cannot push to {repository} ({reason(error)}); log in with 'hf auth login'; {folder} is whole"
+        ) from None

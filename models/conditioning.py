@@ -1,0 +1,135 @@
+"""What the UNet is told: prompts through the text encoder, pictures through CLIP vision and the aligner.
+
+Both give encoder_hidden_states of one shape, (B, L, D), L the tokens of a prompt and D the UNet's context width,
+so that text, image and any blend of the two enter the UNet alike.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from models.base import BaseModel
+
+
+class QueryAligner(nn.Module):
+    """Learned queries read all image tokens by cross-attention (TexDreamer, Liu et al. 2024, with its key names).
+
+    image_tokens: (B, T, image_dim) → encoder_hidden_states: (B, context_tokens, context_dim).
+    """
+
+    def __init__(self, image_dim: int, context_dim: int, context_tokens: int, layers: int, heads: int):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, context_tokens, context_dim) * context_dim**-0.5)
+        self.visual_proj = nn.Linear(image_dim, context_dim)
+        layer = nn.TransformerDecoderLayer(context_dim, heads, 4 * context_dim, dropout=0.0, batch_first=True)
+        self.i2t = nn.TransformerDecoder(layer, layers)
+
+    def forward(self, image_tokens: Tensor) -> Tensor:
+        memory = self.visual_proj(image_tokens)  # (B, T, D)
+        return self.i2t(self.query.expand(len(memory), -1, -1), memory)
+
+
+class PooledAligner(nn.Module):
+    """The seed's aligner, with its key names: one attention-pooled token, repeated for each prompt position.
+
+    image_tokens: (B, T, image_dim) → encoder_hidden_states: (B, context_tokens, context_dim). All positions are
+    equal, so it can carry what a picture shows but not where.
+    """
+
+    def __init__(self, image_dim: int, context_dim: int, context_tokens: int, heads: int):
+        super().__init__()
+        self.context_tokens = context_tokens
+        self.cls_token = nn.Parameter(torch.randn(1, 1, image_dim))
+        self.attn_pool = nn.MultiheadAttention(image_dim, heads, batch_first=True)
+        self.projector = nn.Sequential(nn.Linear(image_dim, image_dim), nn.GELU(), nn.Linear(image_dim, context_dim))
+
+    def forward(self, image_tokens: Tensor) -> Tensor:
+        pooled, _ = self.attn_pool(self.cls_token.expand(len(image_tokens), -1, -1), image_tokens, image_tokens)
+        return self.projector(pooled).expand(-1, self.context_tokens, -1)
+
+
+def make_aligner(settings, base: BaseModel) -> nn.Module:
+    """A new aligner (configuration.Aligner) that fits the base's image encoder and UNet, float32."""
+    if base.image_encoder is None:
+        raise UserError("this base has no image encoder; set model.image_encoder to a CLIP vision model")
+    image_dim, context_dim = base.image_encoder.config.hidden_size, base.unet.config.cross_attention_dim
+    attended = context_dim if settings.kind == "query" else image_dim
+    if attended % settings.heads:
+        raise UserError(
+            f"model.aligner.heads: {settings.heads} does not divide the {settings.kind} aligner's width {attended}"
+        )
+    if settings.kind == "pooled":
+        aligner = PooledAligner(image_dim, context_dim, base.context_tokens, settings.heads)
+    else:
+        aligner = QueryAligner(image_dim, context_dim, base.context_tokens, settings.layers, settings.heads)
+    return aligner.to(base.device)
+
+
+def encode_prompts(base: BaseModel, prompts: list[str]) -> Tensor:
+    """B prompts → encoder_hidden_states: (B, L, D) float32; a prompt longer than the tokenizer's limit is cut.
+
+    Differentiable where the text encoder has a LoRA that is trained.
+    """
+    tokens = base.tokenizer(
+        prompts, padding="max_length", max_length=base.context_tokens, truncation=True, return_tensors="pt"
+    )
+    return base.text_encoder(tokens.input_ids.to(base.device)).last_hidden_state.float()
+
+
+@torch.no_grad()
+def encode_long_prompt(base: BaseModel, prompt: str) -> Tensor:
+    """A prompt of any length → encoder_hidden_states (1, n * L, D): what is over the limit goes through the text
+    encoder in further pieces of the same length, whose states follow one another in the UNet's context."""
+    tokenizer, room = base.tokenizer, base.context_tokens - 2
+    words = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+    pieces = [words[start : start + room] for start in range(0, max(1, len(words)), room)]
+    padded = [[tokenizer.bos_token_id, *piece, tokenizer.eos_token_id] for piece in pieces]
+    input_ids = torch.tensor([
+        row + [tokenizer.pad_token_id] * (base.context_tokens - len(row)) for row in padded
+    ])  # fmt: skip
+    states = base.text_encoder(input_ids.to(base.device)).last_hidden_state.float()
+    return states.flatten(0, 1)[None]
+
+
+def same_length(*states: Tensor) -> list[Tensor]:
+    """(B, L, D) each, the longest a multiple of the others: repeats the shorter, which changes nothing they say, since
+    attention weighs each copy alike."""
+    longest = max(part.shape[1] for part in states)
+    return [part.repeat(1, longest // part.shape[1], 1) for part in states]
+
+
+def picture_size(base: BaseModel, shape: tuple[int, int], image_size: int | None) -> tuple[int, int]:
+    """(height, width) at which the image encoder reads a picture of that shape: the square it was made for, or, with
+    image_size (a multiple of its patches) for the longer side, as much of the other as the picture fills."""
+    own, patch = base.image_encoder.config.image_size, base.image_encoder.config.patch_size
+    if image_size is None:
+        return own, own
+    if image_size % patch:
+        raise UserError(f"model.image_size {image_size} is not a multiple of {patch}, the image encoder's patches")
+    height, width = (max(patch, -(-image_size * side // (max(shape) * patch)) * patch) for side in shape)
+    return height, width
+
+
+@torch.no_grad()
+def encode_images(base: BaseModel, images: Tensor) -> Tensor:
+    """images: (B, 3, H, W) in [-1, 1] → all of the image encoder's tokens: (B, T, image_dim) float32. Where H and W are
+    not its own size, its learned positions are interpolated (as in Dosovitskiy et al. 2021, section 3.2)."""
+    mean, std = (
+        torch.tensor(values, device=base.device)[:, None, None]
+        for values in (base.image_processor.image_mean, base.image_processor.image_std)
+    )
+    pixels = ((images.to(base.device) + 1) / 2 - mean) / std
+    pixels = pixels.to(base.image_encoder.dtype)
+    return base.image_encoder(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state.float()
+
+
+def drop_conditions(encoder_hidden_states: Tensor, null_states: Tensor, dropped: Tensor) -> Tensor:
+    """Replaces the rows of (B, L, D) that `dropped` (B,) names by null_states (1, L, D)."""
+    return torch.where(dropped.to(encoder_hidden_states.device)[:, None, None], null_states, encoder_hidden_states)
+
+
+def blend(text_states: Tensor, image_states: Tensor, img_weight: float) -> Tensor:
+    """The seed's linear blend of two (B, L, D): img_weight 0 is text alone, 1 is image alone, to the bit."""
+    if img_weight in (0, 1):
+        return image_states if img_weight else text_states
+    return (1 - img_weight) * text_states + img_weight * image_states

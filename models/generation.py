@@ -1,0 +1,89 @@
+"""From conditions to finished textures; training's sample grids and infer_uv.py both come through here."""
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.errors import UserError
+from common.pictures import image_from_pixels, prepare_image
+from models.checkpoints import TrainedModel
+from models.conditioning import blend, encode_images, encode_long_prompt, encode_prompts, picture_size, same_length
+from models.diffusion import decode_latents, sample_latents
+from render.rasteriser import Body, fill_outside, uv_mask
+from render.seams import fix_seams
+
+
+def check_takes_pictures(trained: TrainedModel) -> None:
+    """Raises UserError for a checkpoint of text alone."""
+    if trained.aligner is None:
+        raise UserError("this checkpoint was trained on text alone, it has no aligner; give --prompt, not --image")
+
+
+@torch.no_grad()
+def prompt_condition(trained: TrainedModel, prompt: str) -> Tensor:
+    """encoder_hidden_states (1, n * L, D) of a prompt of any length, in the checkpoint's template."""
+    return encode_long_prompt(trained.base, trained.cfg.model.prompt_template.format(prompt=prompt))
+
+
+@torch.no_grad()
+def picture_condition(trained: TrainedModel, images: list[Image.Image]) -> Tensor:
+    """encoder_hidden_states (1, L, D) of one picture of a person, or of several: the aligner reads all their tokens."""
+    check_takes_pictures(trained)
+    base, image_size = trained.base, trained.cfg.model.image_size
+    prepared = [prepare_image(image, picture_size(base, image.size[::-1], image_size)) for image in images]
+    return trained.aligner(torch.cat([encode_images(base, pixels[None]) for pixels in prepared], dim=1))
+
+
+def condition(trained: TrainedModel, prompt: str | None, image: Image.Image | None, img_weight: float) -> Tensor:
+    """encoder_hidden_states (1, n * L, D) from a prompt, a picture, or both blended by img_weight in [0, 1]."""
+    text_states = None if prompt is None else prompt_condition(trained, prompt)
+    image_states = None if image is None else picture_condition(trained, [image])
+    if text_states is None or image_states is None:
+        return image_states if text_states is None else text_states
+    return blend(*same_length(text_states, image_states), img_weight)
+
+
+def unit_noise(trained: TrainedModel, seeds: list[int]) -> Tensor:
+    """The starting latents (B, 4, R/8, R/8), one row a seed, the same whatever else is in the batch."""
+    base = trained.base
+    side = (trained.cfg.data.resolution or base.native_resolution) // base.vae_scale
+    shape = (1, base.unet.config.in_channels, side, side)
+    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.cat(rows).to(base.device)
+
+
+def generate(
+    trained: TrainedModel, encoder_hidden_states: Tensor, negative_prompt: str, seeds: list[int],
+    num_inference_steps: int, guidance_scale: float, **options,
+) -> Tensor:  # fmt: skip
+    """encoder_hidden_states: (B, L, D), a seed a row → textures (B, 3, R, R) in [-1, 1]. options: of sample_latents."""
+    return generate_guided(
+        trained, [(encoder_hidden_states, guidance_scale)], negative_prompt, seeds, num_inference_steps, **options
+    )
+
+
+def generate_guided(
+    trained: TrainedModel, conditions: list[tuple[Tensor, float]], negative_prompt: str, seeds: list[int],
+    num_inference_steps: int, **options,
+) -> Tensor:  # fmt: skip
+    """The same from several conditions, each (B, L, D) with a guidance scale of its own."""
+    base = trained.base
+    negative, *states = same_length(encode_prompts(base, [negative_prompt]), *(states for states, _ in conditions))
+    latents = sample_latents(
+        base.unet, base.noise_scheduler, [(part, scale) for part, (_, scale) in zip(states, conditions)],
+        negative.expand_as(states[0]), unit_noise(trained, seeds), num_inference_steps, seeds=seeds, **options,
+    )  # fmt: skip
+    return decode_latents(base.vae, latents)
+
+
+def finish_texture(pixel_values: Tensor, body: Body, size: int = 1024, seam_fix: bool = False) -> Image.Image:
+    """(3, R, R) in [-1, 1] → size x size RGBA: alpha is the UV mask, colours run on past the islands' edges."""
+    pixels = F.interpolate(
+        pixel_values[None].float(), size=(size, size), mode="bicubic", align_corners=False, antialias=True
+    )[0].clamp(-1, 1)
+    mask = uv_mask(body, size)
+    pixels = fill_outside(pixels.cpu(), mask)
+    if seam_fix:
+        pixels = fill_outside(fix_seams(body, (pixels + 1) / 2) * 2 - 1, mask)
+    return image_from_pixels(torch.cat([pixels, mask[None] * 2.0 - 1]))

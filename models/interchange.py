@@ -1,0 +1,103 @@
+"""Weights made elsewhere: tells which layout a checkpoint has, and loads it so that it runs as its makers meant.
+
+| layout | told by | base |
+| --- | --- | --- |
+| ours | config.yaml and pytorch_lora_weights.safetensors | what its config.yaml names |
+| TexDreamer's release | unet/adapter_config.json, i2uv/ | as configured: Stable Diffusion 2.1 |
+| the seed's | adapter_config.json, aligner.pth | as configured: Stable Diffusion 1.4 |
+| a diffusers LoRA | a .safetensors file, or a folder with pytorch_lora_weights.safetensors | as configured |
+| a whole pipeline, as SMPLitex's | model_index.json | itself |
+"""
+
+from pathlib import Path
+
+from common.errors import UserError
+from config.configuration import Config
+from lora_utils import LORA_FILE, load_lora, load_peft_adapters
+from models.base import load_configured_base, pick_device
+from models.checkpoints import ALIGNER_FILE, CONFIG_FILE, TrainedModel, load_aligner, load_checkpoint
+from models.diffusion import frozen_dtype, resolve_precision
+
+LAYOUTS = (
+    f"{CONFIG_FILE} and {LORA_FILE} (ours), unet/adapter_config.json (TexDreamer), adapter_config.json (PEFT), "
+    f"{LORA_FILE} or a .safetensors file (diffusers LoRA), model_index.json (a whole pipeline)"
+)
+# How TexDreamer's own inference code calls its models (Liu et al. 2024).
+TEXDREAMER = {
+    "model.prompt_template": "hutex, {prompt}, natural lighting, photo-realistic, 4k",
+    "inference.negative_prompt": "overexposed, shadow, reflection, low quality, teeth, open mouth, eyes closed",
+    "inference.num_inference_steps": 32, "inference.guidance_scale": 7.5, "inference.image_guidance_scale": 2.0,
+    "inference.sampler": "euler_a", "data.resolution": 1024,
+}  # fmt: skip
+
+
+def layout_of(path: Path) -> str:
+    """ours, texdreamer, peft, diffusers or pipeline. Raises UserError for anything else, saying what is there."""
+    if not path.exists():
+        raise UserError(f"no checkpoint at {path}: give a folder or a .safetensors file")
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            return "diffusers"
+        raise UserError(f"{path} is no checkpoint: of single files only a .safetensors LoRA is read")
+    for name, files in (
+        ("ours", (CONFIG_FILE, LORA_FILE)), ("texdreamer", ("unet/adapter_config.json",)),
+        ("peft", ("adapter_config.json",)), ("diffusers", (LORA_FILE,)), ("pipeline", ("model_index.json",)),
+    ):  # fmt: skip
+        if all((path / file).is_file() for file in files):
+            return name
+    found = sorted(child.name + "/" * child.is_dir() for child in path.iterdir())
+    listed = ", ".join(found[:8]) + (" ..." if len(found) > 8 else "") if found else "nothing"
+    raise UserError(f"{path} is no checkpoint: found {listed}; expected one of {LAYOUTS}")
+
+
+def updated(cfg: Config, values: dict) -> Config:
+    """cfg with dotted keys set."""
+    nested = cfg.model_dump()
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        level = nested
+        for section in sections:
+            level = level[section]
+        level[name] = value
+    return Config.model_validate(nested)
+
+
+def load_any(path: str | Path, cfg: Config, overrides: list[str] = ()) -> TrainedModel:
+    """Loads a checkpoint of any layout above.
+
+    cfg: what the user configured; it names the base where the layout does not. overrides: dotted keys given by hand,
+    which win over a layout's own settings. Raises UserError for an unknown layout or another base's weights.
+    """
+    path = Path(path)
+    layout = layout_of(path)
+    if layout == "ours":
+        return load_checkpoint(path, overrides)
+    if layout == "texdreamer":
+        given = {override.partition("=")[0] for override in overrides}
+        cfg = updated(cfg, {key: value for key, value in texdreamer_settings(path).items() if key not in given})
+    if layout == "pipeline":
+        cfg = updated(cfg, {"model.pretrained_model": str(path), "data.resolution": None})
+    device = pick_device(cfg.training.device)
+    base = load_configured_base(
+        cfg.model, device, frozen_dtype(resolve_precision(cfg.training.mixed_precision, device), device)
+    )
+    if layout == "texdreamer":
+        load_peft_adapters(base, path)
+    elif layout != "pipeline":
+        load_lora(base, path)
+    file = aligner_file(path)
+    return TrainedModel(base, load_aligner(file, cfg.model.aligner, base) if file else None, cfg)
+
+
+def texdreamer_settings(path: Path) -> dict:
+    """TEXDREAMER, its aligner's heads, which no file tells, and its own image encoder where it lies beside."""
+    folders = [path / name / "vision_encoder" for name in ("i2uv", "i2t")]
+    own = next((str(folder) for folder in folders if folder.is_dir()), None)
+    return {**TEXDREAMER, "model.aligner.heads": 16, **({"model.image_encoder": own} if own else {})}
+
+
+def aligner_file(path: Path) -> Path | None:
+    """The aligner that lies with a checkpoint, under any of the known names."""
+    names = ("i2uv/i2t_decoder.pth", "i2t/i2t_decoder.pth", "aligner.pth", ALIGNER_FILE)
+    folder = path if path.is_dir() else path.parent
+    return next((folder / name for name in names if (folder / name).is_file()), None)

@@ -1,0 +1,130 @@
+"""A checkpoint as a folder for the model hub: weights, and a card with pictures, prompts, data, figures and licence.
+
+python evaluate.py --checkpoint embedded/checkpoint > figures.txt
+python -m models.publish --checkpoint embedded/checkpoint --licence mit --metrics figures.txt --out outputs/hub
+python -m models.publish --checkpoint embedded/checkpoint --licence mit --push-to-hub OWNER/NAME
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from common.errors import UserError, exit_on_user_error, reason
+from common.files import check_writable, push_folder, write_whole
+from common.pictures import encode_image, texture_pixels
+from config.configuration import DEFAULT_CONFIG, load_config
+from lora_utils import LORA_FILE
+from models.checkpoints import ALIGNER_FILE, CONFIG_FILE, STATE_FILE, newest_checkpoint
+from models.pipeline import TexturePipeline
+from render.turntable import contact_sheet
+
+SIZE = 512  # texels, of the card's textures
+
+CARD = """---
+{data}
+---
+
+# {title}
+
+Human UV textures from a prompt, a picture, or both: a LoRA{aligner} for `{base}`, trained on `{dataset}` in {steps}
+steps ({task}).
+
+{pictures}
+
+```python
+from infer_uv import TexturePipeline  # TexDreamer Joint
+
+texture, = TexturePipeline.from_pretrained("FOLDER")(prompt="{prompt}")
+```
+
+The LoRA file loads in `StableDiffusionPipeline.load_lora_weights` as well; prompts are then to be written as
+`{template}`. UV layout: `{body}`. Licence: {licence}.
+
+## Figures
+
+{figures}
+"""
+
+
+def read_metrics(path: str | None) -> dict[str, float]:
+    """The last line of what evaluate.py printed → {"t2uv.color.top": 0.9, ...}; {} for None."""
+    if path is None:
+        return {}
+    flat = {}
+
+    def walk(part: dict, prefix: str) -> None:
+        for name, value in part.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{name}.")
+            else:
+                flat[prefix + name] = float(value)
+
+    try:
+        walk(json.loads(Path(path).read_text().strip().splitlines()[-1]), "")
+    except (OSError, ValueError, IndexError, AttributeError, TypeError) as error:
+        raise UserError(f"cannot read metrics {path} ({reason(error)}); give what evaluate.py printed") from None
+    return flat
+
+
+def write_card(
+    pipeline: TexturePipeline, folder: Path, out: Path, title: str, licence: str, metrics: dict[str, float]
+) -> None:
+    """Writes out/README.md and its pictures; folder: the checkpoint."""
+    cfg, state = pipeline.trained.cfg, json.loads((folder / STATE_FILE).read_text())
+    prompts, widget, pictures = cfg.output.sample_prompts or ["a woman in a red dress"], [], []
+    for number, prompt in enumerate(prompts):
+        (texture,) = pipeline(prompt=prompt, size=SIZE)
+        filled = (texture_pixels(texture, SIZE) + 1) / 2
+        write_whole(out / f"texture-{number}.png", encode_image(texture, format="PNG"))
+        write_whole(out / f"body-{number}.png", encode_image(contact_sheet(pipeline.body, filled), format="PNG"))
+        widget.append({"text": prompt, "output": {"url": f"texture-{number}.png"}})
+        pictures.append(f"*{prompt}*\n\n![texture](texture-{number}.png)\n\n![body](body-{number}.png)")
+    is_hub_name = not Path(cfg.model.pretrained_model).is_absolute() and cfg.model.pretrained_model.count("/") == 1
+    data = ModelCardData(
+        license=licence, library_name="diffusers", pipeline_tag="text-to-image", widget=widget,
+        base_model=cfg.model.pretrained_model if is_hub_name else None,
+        tags=["lora", "uv-texture", "human", "text-to-image", "image-to-image"],
+    )  # fmt: skip
+    rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in metrics.items())
+    card = CARD.format(
+        data=data.to_yaml(), title=title, aligner=" and an aligner of pictures" if pipeline.trained.aligner else "",
+        base=Path(cfg.model.pretrained_model).name if not is_hub_name else cfg.model.pretrained_model,
+        dataset=Path(cfg.data.dataset).name, steps=state["global_step"], task=state["task"],
+        pictures="\n\n".join(pictures), prompt=prompts[0], template=cfg.model.prompt_template,
+        body=pipeline.body_spec.partition(":")[0], licence=licence,
+        figures=f"From `evaluate.py`:\n\n| measure | value |\n| --- | --- |\n{rows}" if rows else "Not measured.",
+    )  # fmt: skip
+    write_whole(out / "README.md", card.encode())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, help="of this project's layout (default: your newest one)")
+    parser.add_argument("--licence", required=True, help="of the weights, by its name on the hub: mit, openrail++")
+    parser.add_argument("--metrics", help="a file with what evaluate.py printed")
+    parser.add_argument("--out", type=Path, default=Path("outputs/hub"), help="folder (default: %(default)s)")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the folder, OWNER/NAME")
+    args = parser.parse_args()
+    with exit_on_user_error():
+        metrics = read_metrics(args.metrics)
+        folder = args.checkpoint or newest_checkpoint(load_config(DEFAULT_CONFIG).output.out_dir)
+        kept = [name for name in (LORA_FILE, ALIGNER_FILE, CONFIG_FILE, STATE_FILE) if (folder / name).is_file()]
+        if not {LORA_FILE, CONFIG_FILE, STATE_FILE} <= set(kept):
+            raise UserError(f"{folder} is no checkpoint of this project: it needs {LORA_FILE}, {CONFIG_FILE} and "
+                            f"{STATE_FILE}")  # fmt: skip
+        pipeline = TexturePipeline.from_pretrained(folder)
+        check_writable(args.out)
+        for name in kept:
+            shutil.copyfile(folder / name, args.out / name)
+        title = Path(args.push_to_hub or args.out).name
+        write_card(pipeline, folder, args.out, title, args.licence, metrics)
+        print(args.out / "README.md")
+        if args.push_to_hub:
+            push_folder(args.out, args.push_to_hub, "model")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+import pytest
+
+from common.errors import UserError
+from common.files import PROJECT_ROOT
+from config.configuration import DEFAULT_CONFIG, known_keys, load_config, save_config
+from joint import main as joint_main
+from models.base import load_base
+
+
+@pytest.mark.parametrize("name", ["train_config", "sd15_atlas", "sd21_atlas"])
+def test_presets_are_valid_and_survive_saving(name, tmp_path):
+    cfg = load_config(PROJECT_ROOT / "config" / f"{name}.yaml")
+    save_config(cfg, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == cfg
+
+
+def test_overrides_are_typed():
+    cfg = load_config(
+        DEFAULT_CONFIG,
+        ["training.joint.max_steps=200", "training.joint.learning_rate=1e-4", "model.lora.target_modules=[to_q, to_k]",
+         "model.image_encoder=null"],
+    )  # fmt: skip
+    assert cfg.training.joint.max_steps == 200 and cfg.training.joint.learning_rate == 1e-4
+    assert cfg.model.lora.target_modules == ["to_q", "to_k"] and cfg.model.image_encoder is None
+
+
+def test_t2uv_and_i2uv_take_the_values_of_joint():
+    cfg = load_config(DEFAULT_CONFIG, ["training.joint.learning_rate=0.5", "training.t2uv.batch_size=2"])
+    assert cfg.training.t2uv.learning_rate == cfg.training.i2uv.learning_rate == 0.5
+    assert cfg.training.t2uv.batch_size == 2 and cfg.training.i2uv.batch_size == cfg.training.joint.batch_size
+
+
+@pytest.mark.parametrize(
+    "override,message",
+    [
+        ("training.joint.batchsize=4", "'training.joint.batchsize'.*'training.joint.batch_size'"),
+        ("modle.lora.r=4", "'modle'.*'model"),
+        ("training.joint.batch_size=four", "training.joint.batch_size: .*integer.*'four'"),
+        ("training.joint.batch_size=2.5", "training.joint.batch_size"),
+        ("training.joint.learning_rate=true", "training.joint.learning_rate"),
+        ("training.joint.condition_dropout=1.5", "less than or equal to 1"),
+        ("training.joint.batch_size=5", "not a multiple of batch_size 5"),
+        ("model.attention=flash", "'sdpa' or 'xformers'"),
+        ("model.lora=3", "model.lora"),
+        ("seed", "write overrides as"),
+        ("training.seed=-1", "training.seed"),
+        ("model.prompt_template=a person", "must hold {prompt}"),
+        ("model.prompt_template={style} {prompt}", "no other braces"),
+    ],
+)
+def test_mistakes_name_the_key(override, message):
+    with pytest.raises(UserError, match=message):
+        load_config(DEFAULT_CONFIG, [override])
+
+
+@pytest.mark.parametrize("content,message", [("a: [", "not YAML"), ("- 1\n", "sections"), (None, "cannot read config")])
+def test_bad_files(tmp_path, content, message):
+    path = tmp_path / "config.yaml"
+    if content:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_config(path)
+
+
+def test_known_keys_have_the_seeds_spelling():
+    seed = ["model.pretrained_model", "model.lora.r", "model.lora.alpha", "data.cache_dir", "output.out_dir",
+            "output.log_every", *(f"training.joint.{key}" for key in
+            ("batch_size", "effective_batch_size", "num_epochs", "learning_rate", "alpha", "beta"))]  # fmt: skip
+    assert set(seed) <= set(known_keys())
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--training.joint.steps=4"], "unknown key"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--model.pretrained_model=nowhere"], "neither a folder nor a hub name"),
+        (["--model.attention=xformers"], "set it to sdpa"),
+        (["--training.device=tpu"], "training.device"),
+        (["--data.dataset=nowhere"], "nowhere"),
+        (["--data.dataset=procedural:many"], "procedural:COUNT"),
+        (["--data.body=obj:box.obj"], "anny"),
+        (["--data.resolution=129"], "multiple"),
+        (["--data.render.azimuth=[9,3]"], "write [low, high]"),
+        (["--data.render.fill=0.5"], "data.render.fill"),
+        (["--data.render.backgrounds.pictures=1"], "needs background_folder"),
+        (
+            [f"--data.render.backgrounds.{kind}=0" for kind in ("plain", "gradient", "noise")],
+            "give at least one a weight",
+        ),
+        (["--data.render.poses=amass"], "cannot take the motions"),
+        (["--model.lora.target_modules=[nonsense]"], "model.lora.target_modules"),
+        (["--steps"], "unknown argument"),
+    ],
+)
+def test_the_command_says_what_is_wrong_in_one_line(arguments, message, tiny_base, tmp_path, monkeypatch, run_script):
+    monkeypatch.chdir(tmp_path)
+    base = [] if "pretrained" in arguments[0] else [f"--model.pretrained_model={tiny_base}", "--model.aligner.heads=2"]
+    status, _, error = run_script(joint_main, *base, *arguments)
+    assert status == 2 and message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "logs").exists()
+
+
+def test_a_damaged_base_is_refused(tiny_base, tmp_path):
+    import shutil
+
+    copy = tmp_path / "base"
+    shutil.copytree(tiny_base, copy)
+    (copy / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(UserError, match="cannot load unet"):
+        load_base(str(copy))
+    shutil.rmtree(copy / "vae")
+    with pytest.raises(UserError, match="cannot load"):
+        load_base(str(copy))
+    with pytest.raises(UserError, match="cannot load the image encoder"):
+        load_base(str(tiny_base), image_encoder=str(tmp_path))

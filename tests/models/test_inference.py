@@ -1,0 +1,141 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from infer_uv import main as infer_main
+from lora_utils import add_lora, lora_parameters, save_lora
+from models.checkpoints import save_checkpoint
+from models.conditioning import make_aligner
+from render.rasteriser import load_body, uv_mask
+
+
+@pytest.fixture()
+def checkpoint(base, make_config, tmp_path):
+    cfg = make_config()
+    with torch.no_grad():
+        for parameter in add_lora(base.unet, cfg.model.lora):
+            parameter.normal_(std=0.1)
+    folder = tmp_path / "checkpoints" / "joint" / "step-000001"
+    save_checkpoint(folder, cfg, "joint", 1, base, make_aligner(cfg.model.aligner, base))
+    return folder
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def test_texture_from_text(checkpoint, tmp_path, run_script, mesh):
+    status, out, error = run_script(
+        infer_main, "--prompt", "A man, in RED!", "--checkpoint", checkpoint, "--out", tmp_path / "o", "--num", 2,
+        "--seed", 4,
+    )  # fmt: skip
+    assert status == 0, error
+    assert out.split() == [str(tmp_path / "o" / f"a-man-in-red-{seed}.png") for seed in (4, 5)]
+    with Image.open(tmp_path / "o" / "a-man-in-red-4.png") as texture:
+        assert texture.mode == "RGBA" and texture.size == (1024, 1024)
+        settings = json.loads(texture.text["parameters"])
+        assert settings["prompt"] == "A man, in RED!" and settings["seed"] == 4 and settings["steps"] == 2
+    alpha = pixels(tmp_path / "o" / "a-man-in-red-4.png")[..., 3]
+    assert np.array_equal(alpha == 255, uv_mask(load_body(f"obj:{mesh}"), 1024).numpy()) and set(np.unique(alpha)) == {
+        0,
+        255,
+    }
+    assert not np.array_equal(*(pixels(tmp_path / "o" / f"a-man-in-red-{seed}.png") for seed in (4, 5)))
+
+    arguments = ["--prompt", "A man, in RED!", "--checkpoint", checkpoint, "--out", tmp_path / "again.png", "--seed", 5]
+    status, out, _ = run_script(infer_main, *arguments, "--turntable")
+    assert status == 0 and out.split() == [str(tmp_path / "again.png"), str(tmp_path / "again.gif")]
+    with Image.open(tmp_path / "again.gif") as turntable:
+        assert turntable.n_frames == 36
+    again, first = pixels(tmp_path / "again.png").astype(int), pixels(tmp_path / "o" / "a-man-in-red-5.png").astype(int)
+    assert np.abs(again - first).max() <= 1, "a seed gives its texture, whatever else is in the batch"
+
+
+def test_weights_of_both_inputs_and_other_settings(checkpoint, tmp_path, run_script, textures):
+    common = ["--checkpoint", checkpoint]
+    both = ["--prompt", "a man", "--image", textures / "1.png"]
+    variants = {
+        "text": both[:2], "image": both[2:], "zero": [*both, "--img-weight", 0], "one": [*both, "--img-weight", 1],
+        "half": both, "guided": [*both[:2], "--guidance-scale", 9], "negative": [*both[:2], "--negative-prompt", "red"],
+        "steps": [*both[:2], "--steps", 4],
+    }  # fmt: skip
+    made = {}
+    for name, arguments in variants.items():
+        status, _, error = run_script(infer_main, *common, *arguments, "--out", tmp_path / f"{name}.png")
+        assert status == 0, error
+        made[name] = pixels(tmp_path / f"{name}.png")
+    assert np.array_equal(made["zero"], made["text"]) and np.array_equal(made["one"], made["image"])
+    for name in ("image", "half", "guided", "negative", "steps"):
+        assert not np.array_equal(made[name], made["text"]), name
+
+
+def test_newest_checkpoint_or_lora_and_aligner(checkpoint, tmp_path, run_script, textures, make_config):
+    from conftest import command_line
+
+    image = ["--image", textures / "1.png"]
+    out_dir = f"--output.out_dir={tmp_path / 'checkpoints'}"
+    assert run_script(infer_main, *image, out_dir, "--out", tmp_path / "newest.png")[0] == 0
+    status, _, error = run_script(
+        infer_main, *image, "--lora", checkpoint, "--aligner", checkpoint / "aligner.safetensors", "--out",
+        tmp_path / "parts.png", *command_line(make_config()),
+    )  # fmt: skip
+    assert status == 0, error
+    assert np.array_equal(pixels(tmp_path / "newest.png"), pixels(tmp_path / "parts.png"))
+    status, _, error = run_script(
+        infer_main, *image, "--lora", checkpoint, "--out", tmp_path / "no.png", *command_line(make_config())
+    )
+    assert status == 2 and "aligner" in error and not (tmp_path / "no.png").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ([], "give --prompt, --image or both"),
+        (["--prompt", "  "], "give --prompt, --image or both"),
+        (["--image", "nowhere.png"], "nowhere.png"),
+        (["--prompt", "a", "--checkpoint", "nowhere"], "no checkpoint at nowhere"),
+        (["--prompt", "a", "--output.out_dir=nowhere"], "no checkpoint under nowhere"),
+        (["--prompt", "a", "--img-weight", "0.5"], "give both"),
+        (["--prompt", "a", "--image", "b", "--img-weight", "2"], "outside 0 to 1"),
+        (["--prompt", "a", "--checkpoint", "c", "--lora", "d"], "not both"),
+        (["--prompt", "a", "--aligner", "d"], "needs --lora"),
+        (["--prompt", "a", "--steps", "0"], "1 or more"),
+        (["--prompt", "a", "--guidance-scale", "0.5"], "below 1"),
+        (["--prompt", "a", "--num", "2", "--out", "x.png"], "one file"),
+        (["--prompt", "a", "--inference.step=3"], "unknown key"),
+        (["--prompt", "a", "--lora", "nowhere"], "no LoRA at nowhere"),
+        (["--prompt", "a", "--seed", "-1"], "--seed -1"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, run_script, tiny_base):
+    monkeypatch.chdir(tmp_path)
+    if "--lora" in arguments:
+        arguments = [*arguments, f"--model.pretrained_model={tiny_base}"]
+    status, _, error = run_script(infer_main, *arguments)
+    assert status == 2 and message in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_place(checkpoint, tmp_path, run_script):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "folder"):
+        status, _, error = run_script(infer_main, "--prompt", "a", "--checkpoint", checkpoint, "--out", out)
+        assert status == 2 and str(tmp_path / "file") in error
+
+
+def test_lora_is_used_and_bf16_runs(checkpoint, tmp_path, run_script, base):
+    """The same prompt with the LoRA's weights set to nothing gives another texture; autocast gives nearly the same."""
+    arguments = ["--prompt", "a man", "--checkpoint", checkpoint]
+    assert run_script(infer_main, *arguments, "--out", tmp_path / "with.png")[0] == 0
+    assert run_script(infer_main, *arguments, "--training.mixed_precision=bf16", "--out", tmp_path / "bf16.png")[0] == 0
+    with torch.no_grad():
+        for parameter in lora_parameters(base.unet):
+            parameter.zero_()
+    save_lora(base, checkpoint)
+    assert run_script(infer_main, *arguments, "--out", tmp_path / "without.png")[0] == 0
+    made = {name: pixels(tmp_path / f"{name}.png").astype(int) for name in ("with", "bf16", "without")}
+    changed, rounded = (np.abs(made["with"] - made[name]).mean() for name in ("without", "bf16"))
+    assert changed > 0.5 and rounded < changed / 2

@@ -1,0 +1,173 @@
+"""Weights made elsewhere give here what plain torch, PEFT and diffusers make of them."""
+
+import shutil
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig, get_peft_model
+from test_inference import checkpoint  # noqa: F401  a fixture
+from transformers import CLIPTextModel, CLIPVisionModel
+
+from common.errors import UserError
+from lora_utils import LORA_FILE, add_lora, export_lora, save_lora
+from models.base import load_base
+from models.conditioning import PooledAligner, QueryAligner, encode_prompts
+from models.diffusion import inference_scheduler
+from models.generation import generate, prompt_condition, unit_noise
+from models.interchange import layout_of, load_any
+
+PROMPT = "a man in red"
+
+
+def randomised(module):
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2)
+    return module
+
+
+def output(unet, context):
+    noisy_latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return unet.eval()(noisy_latents, 7, context).sample
+
+
+def tokens(model, base):
+    ids = base.tokenizer([PROMPT], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    with torch.no_grad():
+        return model.eval()(ids).last_hidden_state
+
+
+@pytest.fixture()
+def cfg(make_config):
+    return make_config()
+
+
+@pytest.mark.parametrize("folder", ["i2uv", "i2t"])
+def test_texdreamers_release(tiny_base, base, cfg, tmp_path, folder):
+    torch.manual_seed(0)
+    unet = get_peft_model(UNet2DConditionModel.from_pretrained(tiny_base / "unet"),
+                          LoraConfig(r=4, lora_alpha=7, target_modules=["to_q", "to_k", "to_v"]))  # fmt: skip
+    text = get_peft_model(CLIPTextModel.from_pretrained(tiny_base / "text_encoder"),
+                          LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj"]))  # fmt: skip
+    randomised(unet).save_pretrained(tmp_path / "unet")
+    randomised(text).save_pretrained(tmp_path / "text_encoder")
+    vision = CLIPVisionModel.from_pretrained(tiny_base / "image_encoder")
+    with torch.no_grad():
+        vision.post_layernorm.weight.add_(0.1) if hasattr(vision, "post_layernorm") else None
+        next(vision.parameters()).add_(0.1)
+    vision.save_pretrained(tmp_path / folder / "vision_encoder")
+    aligner = QueryAligner(vision.config.hidden_size, 16, 77, 3, 16)
+    torch.save(aligner.state_dict(), tmp_path / folder / "i2t_decoder.pth")
+    assert layout_of(tmp_path) == "texdreamer"
+
+    loaded = load_any(tmp_path, cfg)
+    states = tokens(text, base)
+    assert torch.allclose(encode_prompts(loaded.base, [PROMPT]), states, atol=1e-5)
+    assert torch.allclose(output(loaded.base.unet, states), output(unet, states), atol=1e-5)
+    pixels = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        image_tokens = loaded.base.image_encoder(pixel_values=pixels).last_hidden_state
+        assert torch.allclose(image_tokens, vision.eval()(pixel_values=pixels).last_hidden_state, atol=1e-5)
+        assert torch.allclose(loaded.aligner(image_tokens), aligner.eval()(image_tokens), atol=1e-5)
+    assert loaded.aligner.i2t.layers[0].multihead_attn.num_heads == 16 and len(loaded.aligner.i2t.layers) == 3
+    settings = loaded.cfg.inference
+    assert loaded.cfg.model.prompt_template.startswith("hutex, {prompt}") and settings.sampler == "euler_a"
+    assert (settings.guidance_scale, settings.image_guidance_scale, settings.num_inference_steps) == (7.5, 2.0, 32)
+    assert "overexposed" in settings.negative_prompt
+    given = load_any(tmp_path, cfg, ["inference.num_inference_steps=2"])
+    assert given.cfg.inference.num_inference_steps == 2, "what is given by hand wins"
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_the_seeds_checkpoint(tiny_base, base, cfg, tmp_path, safe):
+    unet = get_peft_model(UNet2DConditionModel.from_pretrained(tiny_base / "unet"),
+                          LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_v"]))  # fmt: skip
+    randomised(unet).save_pretrained(tmp_path, safe_serialization=safe)
+    aligner = PooledAligner(base.image_encoder.config.hidden_size, 16, 77, 8)
+    torch.save(aligner.state_dict(), tmp_path / "aligner.pth")
+    loaded, context = load_any(tmp_path, cfg), torch.randn(1, 77, 16)
+    assert torch.allclose(output(loaded.base.unet, context), output(unet, context), atol=1e-5)
+    image_tokens = torch.randn(2, 5, base.image_encoder.config.hidden_size)
+    with torch.no_grad():
+        assert torch.allclose(loaded.aligner(image_tokens), aligner.eval()(image_tokens), atol=1e-5)
+
+
+@pytest.fixture()
+def ours(base, cfg):
+    settings = cfg.model.lora.model_copy(update={"r": 4, "alpha": 6.0})
+    add_lora(base.unet, settings)
+    randomised(base.unet)
+    return base
+
+
+def test_a_diffusers_lora_alone(ours, cfg, tmp_path):
+    save_lora(ours, tmp_path)
+    context = torch.randn(1, 77, 16)
+    for path in (tmp_path, tmp_path / LORA_FILE):
+        loaded = load_any(path, cfg)
+        assert loaded.aligner is None
+        assert torch.allclose(output(loaded.base.unet, context), output(ours.unet, context), atol=1e-5)
+
+
+def test_a_whole_pipeline(tiny_base, cfg, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "pipeline")
+    unet = UNet2DConditionModel.from_pretrained(tiny_base / "unet")
+    with torch.no_grad():
+        unet.conv_out.weight.add_(0.1)
+    unet.save_pretrained(tmp_path / "pipeline" / "unet")
+    loaded, context = load_any(tmp_path / "pipeline", cfg), torch.randn(1, 77, 16)
+    assert torch.allclose(output(loaded.base.unet, context), output(unet, context), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["kohya", "peft"])
+def test_exported_loras_come_back_the_same(ours, tiny_base, tmp_path, kind):
+    save_lora(ours, tmp_path)
+    context = torch.randn(1, 77, 16)
+    expected = output(ours.unet, context)
+    path = export_lora(tmp_path / LORA_FILE, kind, tmp_path / "exported")
+    if kind == "kohya":
+        pipeline = StableDiffusionPipeline.from_pretrained(tiny_base)
+        pipeline.load_lora_weights(path)
+        assert torch.allclose(output(pipeline.unet, context), expected, atol=1e-5)
+    else:
+        from peft import PeftModel
+
+        unet = PeftModel.from_pretrained(UNet2DConditionModel.from_pretrained(tiny_base / "unet"), path)
+        assert torch.allclose(output(unet, context), expected, atol=1e-5)
+
+
+def test_unknown_layouts_and_other_bases_are_refused(ours, cfg, tmp_path, tiny_base):
+    (tmp_path / "weights.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"found weights\.bin; expected one of"):
+        load_any(tmp_path, cfg)
+    with pytest.raises(UserError, match=r"only a \.safetensors LoRA"):
+        load_any(tmp_path / "weights.bin", cfg)
+    with pytest.raises(UserError, match="no checkpoint at"):
+        load_any(tmp_path / "nowhere", cfg)
+    other = UNet2DConditionModel.from_config(
+        UNet2DConditionModel.load_config(tiny_base / "unet"), block_out_channels=(32, 64)
+    )
+    add_lora(other, cfg.model.lora)
+    wrong = load_base(str(tiny_base))
+    wrong.unet = other
+    save_lora(wrong, tmp_path / "other")
+    with pytest.raises(UserError, match="another base"):
+        load_any(tmp_path / "other", cfg)
+
+
+def test_plain_diffusers_makes_our_picture(checkpoint, cfg, tiny_base):  # noqa: F811
+    loaded = load_any(checkpoint, cfg)
+    ours = generate(loaded, prompt_condition(loaded, PROMPT), "", [3], num_inference_steps=4, guidance_scale=3.0)
+    plain = StableDiffusionPipeline.from_pretrained(tiny_base)
+    plain.load_lora_weights(checkpoint)
+    plain.scheduler = inference_scheduler(loaded.base.noise_scheduler)
+    plain.set_progress_bar_config(disable=True)
+    side = loaded.base.native_resolution
+    theirs = plain(
+        PROMPT, height=side, width=side, num_inference_steps=4, guidance_scale=3.0, negative_prompt="",
+        latents=unit_noise(loaded, [3]), output_type="pt",
+    ).images  # fmt: skip
+    assert ours.std() > 0.01 and torch.allclose((ours + 1) / 2, theirs, atol=1e-4)

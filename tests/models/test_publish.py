@@ -1,0 +1,65 @@
+"""What goes to the model hub: whole, told truly, and loadable again."""
+
+import json
+
+import huggingface_hub
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from test_inference import checkpoint  # noqa: F401  a fixture
+
+from infer_uv import TexturePipeline
+from models.publish import main as publish_main
+
+
+@pytest.fixture()
+def published(checkpoint, tmp_path, run_script, monkeypatch):  # noqa: F811
+    """Runs publish.py → (status, stderr, folder, uploads)."""
+    uploads = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, name, **options: uploads.append(name))
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda self, **options: uploads.append(options))
+
+    def publish(*arguments):
+        out = tmp_path / "hub"
+        status, _, error = run_script(
+            publish_main, "--checkpoint", checkpoint, "--licence", "mit", "--out", out, *arguments
+        )
+        return status, error, out, uploads
+
+    return publish
+
+
+def test_the_card_tells_what_was_measured_and_shows_it(published, tmp_path):
+    figures = {"t2uv": {"color": {"top": 0.75}}, "i2uv": {"psnr": 11.25}}
+    (tmp_path / "figures.txt").write_text("{\n}\n" + json.dumps(figures) + "\n")
+    status, error, out, uploads = published("--metrics", tmp_path / "figures.txt", "--push-to-hub", "someone/textures")
+    assert status == 0, error
+    _, front, body = (out / "README.md").read_text().split("---\n", 2)
+    data = yaml.safe_load(front)
+    assert data["license"] == "mit" and data["library_name"] == "diffusers"
+    assert [row["text"] for row in data["widget"]] == ["a man in red"]
+    with Image.open(out / data["widget"][0]["output"]["url"]) as picture:
+        assert picture.mode == "RGBA" and np.asarray(picture).std() > 0
+    assert "| t2uv.color.top | 0.750 |" in body and "| i2uv.psnr | 11.250 |" in body and "Licence: mit" in body
+    assert str(tmp_path) not in (out / "README.md").read_text(), "no path of this machine"
+    assert "# textures\n" in body and uploads[0] == "someone/textures" and uploads[1]["repo_type"] == "model"
+    (texture,) = TexturePipeline.from_pretrained(out)(prompt="a man in red", size=32)
+    assert texture.size == (32, 32)
+
+
+def test_bad_input_of_publishing_is_one_line(published, tmp_path, monkeypatch):
+    (tmp_path / "figures.txt").write_text("no figures")
+    status, error, out, _ = published("--metrics", tmp_path / "figures.txt")
+    assert status == 2 and "figures.txt" in error and error.count("\n") == 1 and not out.exists()
+    status, error, out, _ = published("--checkpoint", tmp_path / "nowhere")
+    assert status == 2 and "nowhere" in error and not out.exists()
+    status, _, out, _ = published()
+    assert status == 0 and "Not measured." in (out / "README.md").read_text()
+
+    def offline(self, name, **options):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", offline)
+    status, error, out, _ = published("--push-to-hub", "someone/textures")
+    assert status == 2 and "cannot push to someone/textures (no route)" in error

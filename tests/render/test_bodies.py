@@ -1,0 +1,232 @@
+"""Bodies that can be posed: Anny, the users' own SMPL files, AMASS motions."""
+
+import pickle
+import sys
+import types
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+
+from common.errors import UserError
+from render.bodies import read_obj
+from render.poses import FAMILIES, JOINT_LIMITS, JOINTS, SIDED, anny_vertices, sample_phenotype, sample_pose
+from render.rigs import load_body, load_rig
+from render.smpl import FRAMES_PER_SECOND, load_model, motion_files, read_amass, read_arrays
+
+JOINT_COUNT = {"smpl": 24, "smplh": 52, "smplx": 55}
+
+
+def model_arrays(kind: str, mesh) -> dict:
+    """The arrays of a model file of that kind, for the box; each joint holds one corner, and turns it."""
+    box, joints, rng = read_obj(str(mesh)), JOINT_COUNT[kind], np.random.default_rng(0)
+    corners = len(box.vertices)
+    weights = np.zeros((corners, joints))
+    weights[:, 0] = 1
+    weights[1] = np.eye(joints)[1]  # the second corner follows the left hip
+    regressor = scipy.sparse.csc_matrix(np.full((joints, corners), 1 / corners))
+    arrays = {
+        "v_template": box.vertices.numpy().astype(np.float64), "f": box.faces.numpy().astype(np.uint32),
+        "weights": weights, "J_regressor": regressor, "posedirs": np.zeros((corners, 3, 9 * (joints - 1))),
+        "shapedirs": rng.normal(0, 0.01, (corners, 3, {"smpl": 10, "smplh": 16, "smplx": 400}[kind])),
+        "kintree_table": np.array([[2**32 - 1, *[0] * (joints - 1)], range(joints)], dtype=np.int64),
+    }  # fmt: skip
+    if kind != "smpl":
+        arrays.update(hands_meanl=np.zeros(45), hands_meanr=np.zeros(45))
+        arrays["joint2num"] = np.array({f"joint{index}": index for index in range(joints)}, dtype=object)
+    return arrays
+
+
+@pytest.fixture()
+def chumpy(monkeypatch):
+    """A stand-in for the package whose arrays the original pickles hold: only to write them."""
+    module = types.ModuleType("chumpy.ch")
+
+    class Ch:
+        def __init__(self, x):
+            self.x = x
+
+    Ch.__module__, Ch.__qualname__ = "chumpy.ch", "Ch"
+    module.Ch = Ch
+    monkeypatch.setitem(sys.modules, "chumpy", types.ModuleType("chumpy"))
+    monkeypatch.setitem(sys.modules, "chumpy.ch", module)
+    return Ch
+
+
+def write_model(folder, kind: str, suffix: str, mesh, chumpy) -> str:
+    """A model file of that kind and its UV template → the body's spec."""
+    folder.mkdir(exist_ok=True)
+    arrays, path = model_arrays(kind, mesh), folder / f"model{suffix}"
+    if suffix == ".npz":
+        np.savez(path, **{key: value.toarray() if key == "J_regressor" else value for key, value in arrays.items()})
+    else:
+        arrays["shapedirs"] = chumpy(arrays["shapedirs"])
+        path.write_bytes(pickle.dumps(arrays, protocol=2))
+    name = "smplx_uv.obj" if kind == "smplx" else "smpl_uv.obj"
+    (folder / name).write_bytes(mesh.read_bytes())
+    return f"{kind}:{path}"
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pkl"])
+@pytest.mark.parametrize("kind", list(JOINT_COUNT))
+def test_smpl_family_loads_poses_and_keeps_its_uvs(kind, suffix, tmp_path, mesh, chumpy):
+    spec = write_model(tmp_path / "model", kind, suffix, mesh, chumpy)
+    box, body = load_body(f"obj:{mesh}"), load_body(spec)
+    assert torch.allclose(body.vertices, box.vertices, atol=1e-6) and torch.equal(body.uv_faces, box.uv_faces)
+
+    rig = load_rig(spec)
+    pose = rig.named_pose("rest", 0)
+    turned = {**pose, "pose": [0.0] * 3 + [0.0, 0.0, np.pi] + [0.0] * 150}  # the left hip by half a turn about z
+    rest, moved = rig.vertices([pose, turned])
+    assert torch.allclose(rest, box.vertices, atol=1e-6)
+    centre = box.vertices.mean(0)
+    expected = torch.tensor([-1.0, -1, 1]) * (box.vertices[1] - centre) + centre
+    assert torch.allclose(moved[1], expected, atol=1e-5) and torch.allclose(moved[2], rest[2], atol=1e-6)
+    shapes = [rig.sample(np.random.default_rng(index)) for index in range(2)]
+    assert (rig.vertices(shapes)[0] - rig.vertices(shapes)[1]).abs().max() > 1e-3, "each has a shape of its own"
+
+
+def test_a_hostile_pickle_runs_nothing(tmp_path, mesh):
+    """In a .pkl and inside a .npz: refused by name, and the command is not run."""
+    trace = tmp_path / "it ran"
+
+    class Hostile:
+        def __reduce__(self):
+            return (open, (str(trace), "w"))
+
+    arrays = {**model_arrays("smpl", mesh), "extra": Hostile()}
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(arrays, protocol=2))
+    np.savez(tmp_path / "model.npz", extra=np.array(Hostile(), dtype=object))
+    np.savez(tmp_path / "motion.npz", poses=np.array([Hostile()], dtype=object))
+    assert not trace.exists()
+    (tmp_path / "smpl_uv.obj").write_bytes(mesh.read_bytes())
+    for read in (
+        lambda: load_body(f"smpl:{tmp_path / 'model.pkl'}"), lambda: load_body(f"smpl:{tmp_path / 'model.npz'}"),
+        lambda: read_amass(tmp_path / "motion.npz"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=r"it names (io|_io)\.open"):
+            read()
+    assert not trace.exists()
+
+
+def test_smpl_files_that_do_not_fit(tmp_path, mesh, chumpy):
+    with pytest.raises(UserError, match="no body model at"):
+        load_body(f"smpl:{tmp_path / 'nowhere.npz'},{mesh}")
+    spec = write_model(tmp_path / "model", "smpl", ".npz", mesh, chumpy)
+    (tmp_path / "model" / "smpl_uv.obj").unlink()
+    with pytest.raises(UserError, match=r"no UV template .*smpl_uv\.obj"):
+        load_body(spec)
+    assert torch.equal(load_body(f"{spec},{mesh}").uv_faces, load_body(f"obj:{mesh}").uv_faces)
+    other = tmp_path / "other.obj"
+    other.write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nvt 1 0\nvt 0 1\nf 1/1 2/2 3/3\n")
+    with pytest.raises(UserError, match="is not the UV template"):
+        load_body(f"{spec},{other}")
+    np.savez(tmp_path / "half.npz", v_template=np.zeros((3, 3)))
+    with pytest.raises(UserError, match="lacks f, weights"):
+        load_body(f"smpl:{tmp_path / 'half.npz'},{mesh}")
+    (tmp_path / "torn.pkl").write_bytes(b"\x80\x02}q\x00(U\x01f")
+    with pytest.raises(UserError, match=r"cannot read .*torn\.pkl"):
+        read_arrays(tmp_path / "torn.pkl")
+
+
+def test_a_folder_holds_a_model_for_each_gender(tmp_path, mesh, chumpy):
+    folder = tmp_path / "models"
+    write_model(folder, "smpl", ".npz", mesh, chumpy)
+    for name, scale in (("SMPL_MALE", 2.0), ("SMPL_FEMALE", 3.0), ("SMPL_NEUTRAL", 1.0)):
+        arrays = model_arrays("smpl", mesh)
+        arrays["v_template"] = arrays["v_template"] * scale
+        arrays["J_regressor"] = arrays["J_regressor"].toarray()
+        np.savez(folder / f"{name}.npz", **arrays)
+    (folder / "model.npz").unlink()
+    rig = load_rig(f"smpl:{folder}")
+    poses = [{**rig.named_pose("rest", 0), "gender": gender} for gender in ("neutral", "male", "female")]
+    heights = rig.vertices(poses)[..., 1].amax(1)
+    assert torch.allclose(heights, torch.tensor([1.6, 3.2, 4.8]), atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [72, 156, 165])
+def test_amass_layouts(columns, tmp_path):
+    """Columns end up where they belong; SMPL's hand joints are not taken for finger joints; frames are thinned."""
+    rate, frames = 60, 120
+    poses = np.tile(np.arange(columns) / 1000, (frames, 1))
+    poses[:, :3] = (np.pi / 2, 0, 0)  # upright in a world with z up
+    np.savez(tmp_path / "motion.npz", poses=poses, betas=np.ones(16), gender="female", mocap_framerate=rate)
+    read, betas, gender = read_amass(tmp_path / "motion.npz")
+    assert read.shape == (frames * FRAMES_PER_SECOND // rate, 156) and betas.tolist() == [1.0] * 16
+    assert gender == "female"
+    assert np.allclose(read[:, :3], 0, atol=1e-6), "upright with y up"
+    assert np.allclose(read[:, 3:66], poses[:4, 3:66])
+    hands = {72: np.zeros((4, 90)), 156: poses[:4, 66:156], 165: poses[:4, 75:165]}[columns]
+    assert np.allclose(read[:, 66:], hands)
+
+
+@pytest.mark.parametrize(
+    "arrays,message",
+    [
+        ({"betas": np.zeros(16)}, "holds no 'poses'"), ({"poses": np.full((4, 156), np.nan)}, "no numbers"),
+        ({"poses": np.zeros((4, 99))}, "72, 156 or 165"), ({"poses": np.zeros((0, 156))}, "72, 156 or 165"),
+    ],
+)  # fmt: skip
+def test_bad_motions_are_refused_by_name(arrays, message, tmp_path):
+    np.savez(tmp_path / "walk.npz", **arrays)
+    with pytest.raises(UserError, match=rf"walk\.npz.*{message}|{message}"):
+        read_amass(tmp_path / "walk.npz")
+
+
+def test_motions_pose_an_smpl_body(tmp_path, mesh, chumpy):
+    spec, motions = write_model(tmp_path / "model", "smplh", ".npz", mesh, chumpy), tmp_path / "motions" / "subject"
+    motions.mkdir(parents=True)
+    poses = np.zeros((60, 156))
+    poses[:, 0], poses[:, 5] = np.pi / 2, np.linspace(0, 1, 60)
+    np.savez(motions / "walk_poses.npz", poses=poses, betas=np.zeros(16), gender="male", mocap_framerate=30)
+    np.savez(motions / "shape.npz", betas=np.zeros(16))
+    assert [path.name for path in motion_files(str(motions.parent))] == ["walk_poses.npz"]
+    rig = load_rig(spec, str(motions.parent))
+    drawn = [rig.sample(np.random.default_rng(index)) for index in range(8)]
+    assert len({pose["pose"][5] for pose in drawn}) > 1 and {pose["gender"] for pose in drawn} == {"male"}
+    assert rig.vertices(drawn).isfinite().all()
+    with pytest.raises(UserError, match="no AMASS motions"):
+        load_rig(spec, str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="cannot take the motions"):
+        load_rig("anny", str(motions.parent))
+
+
+def test_anny_poses_stay_within_the_joints_limits():
+    rng = np.random.default_rng(0)
+    poses = {family: [sample_pose(rng, family) for _ in range(20)] for family in FAMILIES}
+    for pose in (pose for family in poses.values() for pose in family):
+        assert set(pose) <= set(JOINTS)
+        for joint, degrees in pose.items():
+            name, right = joint.removesuffix(".L").removesuffix(".R"), joint.endswith(".R")
+            assert (name in SIDED) == (joint[-2:] in (".L", ".R"))
+            for angle, (low, high), mirror in zip(degrees, JOINT_LIMITS[name], (1, -1, -1)):
+                assert low - 1e-6 <= angle * (mirror if right else 1) <= high + 1e-6
+    adults = [{"gender": 0.5, "age": 0.67}]
+
+    def height(family):
+        return torch.stack([anny_vertices([pose], adults)[0, :, 1].max() for pose in poses[family][:4]]).mean()
+
+    def reach(family):
+        return torch.stack([anny_vertices([pose], adults)[0, :, 0].abs().max() for pose in poses[family][:4]]).mean()
+
+    assert height("sitting") < 0.85 * height("standing")
+    assert reach("arms out") > 1.2 * reach("standing")
+    shapes = [sample_phenotype(rng) for _ in range(6)]
+    heights = anny_vertices([poses["standing"][0]] * 6, shapes)[..., 1].amax(1)
+    assert heights.max() - heights.min() > 0.1, "shapes differ"
+
+
+def test_anny_rests_as_it_is_loaded():
+    rig = load_rig("anny")
+    assert torch.allclose(rig.vertices([rig.named_pose("rest", 0)])[0], rig.body.vertices, atol=1e-5)
+    assert rig.body.is_closed
+    with pytest.raises(UserError, match="unknown pose 'flying': use rest, standing"):
+        rig.named_pose("flying", 0)
+
+
+def test_the_same_model_is_read_once(tmp_path, mesh, chumpy):
+    spec = write_model(tmp_path / "model", "smpl", ".npz", mesh, chumpy)
+    load_body(spec)
+    path = tmp_path / "model" / "model.npz"
+    assert load_model("smpl", path) is load_model("smpl", path)

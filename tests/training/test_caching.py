@@ -1,0 +1,151 @@
+"""Caches on disk: they change nothing, notice what changed, and are whole or refused."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import command_line
+from PIL import Image
+from test_training import scalars
+
+from atlas_dataset.building import build_dataset
+from atlas_dataset.dataset import HuggingFaceATLAS
+from common.errors import UserError
+from joint import main as joint_main
+from training import caching
+from training.loop import train
+from training.run import set_up
+
+PARTS = {"none": set(), "latents": {"posterior"}, "all": {"posterior", "text_states", "image_tokens"}}
+
+
+@pytest.fixture()
+def made(monkeypatch):
+    """Rows that were encoded for a cache, by the name of the part."""
+    counts, original = {}, caching._build
+
+    def count(folder, part, missing, workers):
+        counts[part.name] = counts.get(part.name, 0) + len(missing)
+        return original(folder, part, missing, workers)
+
+    monkeypatch.setattr(caching, "_build", count)
+    return counts
+
+
+def entries(root: Path) -> list[Path]:
+    return sorted((root / "cache" / "encoded").rglob("*.safetensors"))
+
+
+def test_the_losses_are_the_same_with_and_without(make_config, tmp_path):
+    curves = {}
+    for cache in PARTS:
+        cfg = make_config(
+            f"data.cache={cache}", f"output.log_dir={tmp_path / cache}", "training.joint.max_steps=8",
+            "output.log_every=1", "training.joint.learning_rate=0.01",
+        )  # fmt: skip
+        run = set_up(cfg, "joint")
+        assert set(run.dataset.cached) == PARTS[cache]
+        assert ("texture" in run.dataset[0]) == (cache == "none") and ("image" in run.dataset[0]) == (cache != "all")
+        train(cfg, "joint")
+        curves[cache] = scalars(tmp_path / cache)
+    for name in ("loss/t2uv", "loss/i2uv", "loss/align"):
+        assert len(curves["none"][name]) == 8 and curves["none"][name][0] != curves["none"][name][-1]
+        for cache in ("latents", "all"):
+            assert curves[cache][name] == pytest.approx(curves["none"][name], rel=1e-4), (cache, name)
+
+
+def test_only_what_changed_is_made_again(make_config, mesh, textures, tmp_path, made):
+    folder = Path(shutil.copytree(textures, tmp_path / "textures"))
+
+    def build(name):
+        source = HuggingFaceATLAS(str(folder), folder / "prompts.txt")
+        return build_dataset(source, f"obj:{mesh}", 2, tmp_path / name, 32, 24)
+
+    def encoded(*overrides, data="first"):
+        made.clear()
+        set_up(make_config(f"data.dataset={tmp_path / data}", *overrides), "joint")
+        return made
+
+    build("first")
+    assert encoded() == {"posterior": 4, "text_states": 4, "image_tokens": 8}
+    assert encoded() == {}, "a second start finds all"
+    Image.new("RGB", (64, 64), "white").save(folder / "2.png")
+    prompts = (folder / "prompts.txt").read_text().replace("blue", "purple")
+    (folder / "prompts.txt").write_text(prompts)
+    build("second")
+    assert encoded(data="second") == {"posterior": 1, "text_states": 1, "image_tokens": 2}, "one texture was edited"
+    assert encoded("data.resolution=32") == {"posterior": 4}, "other pixels"
+    assert encoded("model.prompt_template=a texture of {prompt}") == {"text_states": 4}
+    assert encoded() == {}, "the first are still there"
+
+
+def test_another_base_is_noticed(make_config, tiny_base, tmp_path, made):
+    from diffusers import AutoencoderKL
+
+    set_up(make_config(), "joint")
+    made.clear()
+    other = Path(shutil.copytree(tiny_base, tmp_path / "other"))
+    set_up(make_config(f"model.pretrained_model={other}"), "joint")
+    assert made == {}, "the same weights in another place"
+    vae = AutoencoderKL.from_pretrained(other / "vae")
+    with torch.no_grad():
+        vae.encoder.conv_in.bias[0] += 1e-3
+    vae.save_pretrained(other / "vae")
+    set_up(make_config(f"model.pretrained_model={other}"), "joint")
+    assert made == {"posterior": 4}
+
+
+def test_the_command_builds_rebuilds_and_refuses_a_damaged_cache(make_config, tmp_path, run_script, made):
+    arguments = command_line(make_config())
+    status, out, _ = run_script(joint_main, *arguments, "--cache-only")
+    assert status == 0 and "posterior, text_states, image_tokens cached" in out
+    assert not (tmp_path / "checkpoints").exists(), "nothing was trained"
+    assert "MB" in out or made
+    file = next(path for path in entries(tmp_path) if path.parent.name.startswith("posterior"))
+    file.write_bytes(file.read_bytes()[:-5])
+    status, _, error = run_script(joint_main, *arguments)
+    assert status == 2 and str(file) in error and "--rebuild-cache" in error and len(error.strip().splitlines()) == 1
+    made.clear()
+    assert run_script(joint_main, *arguments, "--rebuild-cache", "--cache-only")[0] == 0
+    assert made == {"posterior": 4, "text_states": 4, "image_tokens": 12}
+
+
+def test_a_full_disk_is_told_beforehand_and_keeps_what_is_whole(make_config, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(caching.shutil, "disk_usage", lambda path: usage._replace(free=100))
+        with pytest.raises(UserError, match=r"needs .* MB but 0 MB are free; set data.cache_dir"):
+            set_up(make_config(), "joint")
+    assert entries(tmp_path) == []
+    original, shards = caching.safetensors.torch.save_file, []
+
+    def fills_up(tensors, file):
+        shards.append(file)
+        if len(shards) == 2:
+            Path(file).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return original(tensors, file)
+
+    monkeypatch.setattr(caching.safetensors.torch, "save_file", fills_up)
+    with pytest.raises(UserError, match="No space left on device"):
+        set_up(make_config(), "joint")
+    assert [path.parent.name.split("-")[0] for path in entries(tmp_path)] == ["posterior"]
+    assert not list((tmp_path / "cache" / "encoded").rglob(".*.partial"))
+
+
+def test_what_is_trained_is_not_cached(make_config):
+    with pytest.raises(UserError, match=r"model\.lora\.text_encoder_r trains the text encoder"):
+        set_up(make_config("model.lora.text_encoder_r=2"), "joint")
+
+
+def test_entries_that_are_not_finite_are_refused(make_config, monkeypatch, tmp_path):
+    monkeypatch.setattr(caching, "encode_posterior", lambda vae, pixels: (pixels[:, :, ::2, ::2] * float("nan"),) * 2)
+    with pytest.raises(UserError, match="posterior of row 0 is not finite"):
+        set_up(make_config(), "joint")
+    assert entries(tmp_path) == []
+
+
+def test_renders_made_online_are_not_cached(make_config):
+    run = set_up(make_config("data.views=online", "data.views_per_texture=2"), "joint")
+    assert set(run.dataset.cached) == {"posterior", "text_states"} and "image" in run.dataset[0]

@@ -1,0 +1,218 @@
+"""The one training loop. A task is a list of conditions; everything else is the same for all three.
+
+A batch flows: texture → latents → noisy_latents → noise_pred → a loss for each condition (objective.py) → one
+optimiser step → checkpoint.
+"""
+
+import itertools
+import signal
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from atlas_dataset.dataset import ATLASLarge
+from common import processes
+from common.errors import STOPPED, UserError, one_line_errors
+from common.files import check_writable
+from config.configuration import Config, dump_config
+from models.checkpoints import drop_old_checkpoints, load_state, newest_state, save_checkpoint
+from training.monitoring import RunLog, estimate, report, sample_grid
+from training.objective import RowDraws, batch_losses, row_generator, validation_losses
+from training.run import Run, set_up
+
+LAST_PLACE = 2**32 - 2  # in a step, for what is drawn once and not for a row
+
+
+def train(
+    cfg: Config, task: str, dry_run: bool = False, resume: str | None = None, cache_only: bool = False,
+    rebuild_cache: bool = False,
+) -> Path | None:  # fmt: skip
+    """Trains LoRA and aligner on one task and returns the last checkpoint (None after a dry run).
+
+    task: "t2uv", "i2uv" or "joint". resume: a checkpoint's folder, or "auto" for the newest of this task, if there is
+    one: the run goes on as if it had never stopped. SIGTERM and Ctrl-C save and raise SystemExit(STOPPED). Raises
+    UserError for what the configuration or its files have wrong.
+    """
+    run = set_up(cfg, task, rebuild_cache)
+    cfg, checkpoint = run.cfg, None
+    if cache_only:
+        processes.say(report(run))
+        return None
+    if resume:
+        checkpoint = newest_state(run.folder) if resume == "auto" else Path(resume)
+        if checkpoint:
+            run.restore(load_state(checkpoint, cfg, task))
+    processes.say(dump_config(cfg))
+    processes.say(report(run))
+    processes.say(f"resume    {f'{checkpoint} at step {run.global_step}' if checkpoint else 'no: from the start'}")
+    batches = open_batches(run)
+    if dry_run:
+        with one_line_errors():
+            processes.say(estimate(next(batches), run))
+        return None
+    check_writable(run.folder)
+    check_writable(cfg.output.log_dir)
+
+    log = RunLog(run)
+    progress = tqdm(range(run.global_step + 1, run.total_steps + 1), desc=task, unit="step", initial=run.global_step,
+                    total=run.total_steps, disable=not processes.is_main())  # fmt: skip
+    with StopRequest() as stop:
+        for global_step in progress:
+            with log.counting_flops():
+                losses, prompts = optimizer_step(run, global_step, batches, log)
+            if run.skipped > cfg.training.max_skipped_steps:
+                raise diverged(run, global_step, checkpoint, prompts)
+            run.global_step = global_step
+            log.step(losses)
+
+            is_last = global_step == run.total_steps
+            stopping = processes.any_process(stop.requested, run.base.device)
+            if global_step % cfg.output.log_every == 0 or is_last:
+                found = log.flush(global_step)
+                progress.set_postfix({
+                    name.removeprefix("loss/"): f"{value:.3f}" for name, value in found.items() if "loss/" in name
+                })  # fmt: skip
+            if run.validation and (global_step % cfg.output.validate_every == 0 or is_last):
+                with log.paused(), run.averaged(), run.evaluating():
+                    log.scalars(validation_losses(run), global_step)
+            if global_step % cfg.output.save_every == 0 or is_last or stopping:
+                checkpoint = save(run)
+            if stopping and not is_last:
+                log.close()
+                processes.say(f"stopped at step {global_step}, saved in {checkpoint}; --resume auto goes on")
+                raise SystemExit(STOPPED)
+            if (global_step % cfg.output.sample_every == 0 or is_last) and processes.is_main():
+                with log.paused(), run.averaged(), run.evaluating():
+                    log.image("samples", sample_grid(run), global_step)
+    log.close()
+    processes.say(f"checkpoint: {checkpoint}")
+    return checkpoint
+
+
+def optimizer_step(
+    run: Run, global_step: int, batches: Iterator[dict], log: RunLog
+) -> tuple[dict[str, float], list[str]]:
+    """One step over the micro-batches of all processes → the mean of each loss, and this process's prompts.
+
+    A gradient that is not finite changes nothing and is counted in run.skipped.
+    """
+    totals, prompts, seed = defaultdict(float), [], run.cfg.training.seed
+    rank, rows = processes.rank(), run.schedule.batch_size
+    # LoRA's dropout draws from torch's own stream.
+    torch.manual_seed(row_generator(seed, global_step, LAST_PLACE - rank).initial_seed())
+    for micro_step in range(run.accumulation):
+        with log.waiting(), one_line_errors():
+            batch = next(batches)
+        prompts += batch["prompt"]
+        first = (micro_step * processes.world_size() + rank) * rows
+        for losses in batch_losses(run, batch, RowDraws(seed, global_step, range(first, first + rows))):
+            # Backward before the next condition's forward: one UNet graph is alive at a time.
+            run.scaler.scale(losses["loss/combined"] / run.accumulation).backward()
+            for name, loss in losses.items():
+                totals[name] = totals[name] + loss.detach() / run.accumulation
+    processes.mean_over_processes(
+        [p.grad for p in run.parameters if p.grad is not None] + [total.view(1) for total in totals.values()]
+    )
+    run.scaler.unscale_(run.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.schedule.max_grad_norm)
+    found = {"learning_rate": run.lr_scheduler.get_last_lr()[0]}
+    if norm.isfinite():
+        found |= {name: total.item() for name, total in totals.items()} | {"gradient_norm": norm.item()}
+        run.skipped = 0
+        run.scaler.step(run.optimizer)
+        if run.ema:
+            run.ema.step(run.parameters)
+    elif run.scaler.get_scale() <= 1:
+        run.skipped += 1
+    # An fp16 overflow lowers the scale and is no divergence until the scale is down.
+    found["skipped_steps"] = float(not norm.isfinite())
+    run.scaler.update()
+    run.lr_scheduler.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return found, prompts
+
+
+def save(run: Run) -> Path:
+    """Writes a checkpoint, in the main process, and drops old ones."""
+    folder = run.folder / f"step-{run.global_step:06d}"
+    if processes.is_main():
+        state = run.state()
+        with run.averaged():
+            save_checkpoint(folder, run.cfg, run.task, run.global_step, run.base, run.aligner, state)
+        drop_old_checkpoints(run.folder, run.cfg.output.keep_last)
+    processes.wait()
+    return folder
+
+
+class StopRequest:
+    """Notes the first SIGTERM or Ctrl-C instead of ending at once; a second Ctrl-C ends at once."""
+
+    requested = False
+
+    def __enter__(self):
+        self.earlier = {}
+        if threading.current_thread() is threading.main_thread():  # only there can signals be handled
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.earlier[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number, frame):
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_):
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)
+
+
+def outlive_the_step(worker: int) -> None:
+    """A signal to a whole group of processes is the main one's to answer: the loader's workers go on until its step
+    is done. Python ends them with SIGTERM too, at exit, so it must not be ignored for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+
+
+def diverged(run: Run, global_step: int, checkpoint: Path | None, prompts: list[str]) -> UserError:
+    shown = "; ".join(prompts[:4]) + ("; ..." if len(prompts) > 4 else "")
+    return UserError(
+        f"the gradient was not finite in {run.skipped} steps in a row, up to step {global_step} on the rows {shown!r}; "
+        f"lower training.{run.task}.learning_rate. The last good checkpoint is {checkpoint or 'not yet written'}"
+    )
+
+
+def open_batches(run: Run) -> Iterator[dict]:
+    """This process's batches from run.global_step on."""
+    cfg, rank, count = run.cfg, processes.rank(), processes.world_size()
+    start = run.global_step * run.accumulation * count + rank
+    return iter(DataLoader(
+        run.dataset,
+        batch_sampler=shuffled_batches(run.dataset, run.schedule.batch_size, cfg.training.seed, start, count),
+        num_workers=cfg.data.num_workers,
+        worker_init_fn=outlive_the_step,
+        pin_memory=run.base.device.type == "cuda",
+    ))  # fmt: skip
+
+
+def shuffled_batches(
+    dataset: ATLASLarge, batch_size: int, seed: int, start: int = 0, stride: int = 1
+) -> Iterator[list[int]]:
+    """Batches start, start + stride, ... of row numbers without end: each epoch its own order (ATLASLarge.shuffled), a
+    remainder goes on into the next epoch.
+
+    Epoch e has the numbers e * rows .. (e + 1) * rows - 1: the data set takes them for the same rows again.
+    """
+    order, known, rows = None, None, len(dataset)
+    for batch in itertools.count(start, stride):
+        numbers = []
+        for position in range(batch * batch_size, (batch + 1) * batch_size):
+            epoch, place = divmod(position, rows)
+            if epoch != known:
+                order, known = dataset.shuffled(np.random.default_rng([seed, epoch])), epoch
+            numbers.append(epoch * rows + int(order[place]))
+        yield numbers

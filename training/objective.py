@@ -1,0 +1,162 @@
+"""What training minimises: a batch → the losses of its conditions; and the same on held-out rows, with fixed noise."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import default_collate
+
+from common import processes
+from models.conditioning import drop_conditions, encode_images, encode_prompts
+from models.diffusion import autocast, encode_posterior, min_snr_weight, sample_posterior, training_target
+
+if TYPE_CHECKING:
+    from training.run import Run
+
+CONDITIONS = {"t2uv": ("text",), "i2uv": ("image",), "joint": ("text", "image")}
+TASK_NAME = {"text": "t2uv", "image": "i2uv"}
+QUANTILES = 4  # of the timesteps, in validation
+
+
+class RowDraws:
+    """Random numbers for rows, each row's from (seed, step, its place in the step) alone.
+
+    So a step is the same however its rows are cut into micro-batches and shared among processes, and on every device:
+    the numbers are drawn on the CPU.
+    """
+
+    def __init__(self, seed: int, global_step: int, places: list[int] | range):
+        self.generators = [row_generator(seed, global_step, place) for place in places]
+
+    def normal(self, shape: tuple[int, ...]) -> Tensor:
+        """(B, *shape)"""
+        return torch.stack([torch.randn(shape, generator=generator) for generator in self.generators])
+
+    def uniform(self) -> Tensor:
+        """(B,) in [0, 1)"""
+        return torch.cat([torch.rand(1, generator=generator) for generator in self.generators])
+
+    def integers(self, end: int) -> Tensor:
+        """(B,) of 0 .. end - 1"""
+        return torch.cat([torch.randint(0, end, (1,), generator=generator) for generator in self.generators])
+
+
+def row_generator(*numbers: int) -> torch.Generator:
+    """A generator seeded by these numbers; each must be there, since trailing zeros would not count."""
+    words = np.random.SeedSequence([len(numbers), *(number + 1 for number in numbers)]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(words[0] >> 1))
+
+
+def batch_losses(run: "Run", batch: dict, draws: RowDraws) -> Iterator[dict[str, Tensor]]:
+    """A batch → its losses, "loss/combined" to be differentiated; each dictionary before the next one's forward.
+
+    batch: prompt, and texture (B, 3, H, W) in [-1, 1] or its posterior (B, 2, 4, H/8, W/8); for images image
+    (B, 3, S, S) in [-1, 1] or its image_tokens (B, T, D'); text_states (B, L, D) may be given. With the schedule
+    "alternate" each condition comes by itself, so that one UNet graph is alive at a time; "paired" puts all of them
+    through the UNet at once.
+    """
+    base, schedule, conditions = run.base, run.schedule, CONDITIONS[run.task]
+    weight = {"text": schedule.alpha, "image": schedule.beta} if run.task == "joint" else {"text": 1.0, "image": 1.0}
+    with autocast(base.device, run.precision):
+        mean, std = posterior(run, batch)
+        latents = sample_posterior(base.vae, mean, std, draws.normal(mean.shape[1:]).to(mean))  # (B, 4, H/8, W/8)
+        text_states = None
+        if "text" in conditions or schedule.gamma or schedule.both_share:
+            text_states = prompt_states(run, batch)  # (B, L, D)
+    for kinds in [conditions] if schedule.schedule == "paired" else [(kind,) for kind in conditions]:
+        noises, timesteps, states, losses = [], [], [], {}
+        null_states = run.null_states  # (1, L, D)
+        if null_states is None:  # being trained: a graph for each backward
+            with autocast(base.device, run.precision):
+                null_states = encode_prompts(base, [""])
+        for kind in kinds:
+            noises.append(draws.normal(latents.shape[1:]).to(latents))
+            timesteps.append(draws.integers(base.noise_scheduler.config.num_train_timesteps).to(latents.device))
+            encoder_hidden_states = text_states
+            if kind == "image":
+                with autocast(base.device, run.precision):
+                    encoder_hidden_states = picture_states(run, batch)
+                if schedule.gamma:
+                    losses["loss/align"] = F.mse_loss(encoder_hidden_states, text_states.detach())
+                if schedule.both_share:
+                    share = torch.where(draws.uniform() < schedule.both_share, draws.uniform(), torch.ones(()))
+                    share = share.to(latents.device)[:, None, None]
+                    encoder_hidden_states = torch.lerp(text_states.detach(), encoder_hidden_states, share)
+            dropped = draws.uniform() < schedule.condition_dropout
+            states.append(drop_conditions(encoder_hidden_states, null_states, dropped))
+        repeated = latents.repeat(len(kinds), 1, 1, 1)
+        errors = denoising_errors(run, repeated, torch.cat(noises), torch.cat(timesteps), torch.cat(states))
+        if run.cfg.training.min_snr_gamma:
+            errors = errors * min_snr_weight(base.noise_scheduler, torch.cat(timesteps), run.cfg.training.min_snr_gamma)
+        combined = schedule.gamma * losses["loss/align"] if losses else 0.0
+        for kind, part in zip(kinds, errors.chunk(len(kinds))):
+            losses[f"loss/{TASK_NAME[kind]}"] = part.mean()
+            combined = combined + weight[kind] * part.mean()
+        yield {**losses, "loss/combined": combined}
+
+
+def posterior(run: "Run", batch: dict) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each texture's latents, (B, 4, H/8, W/8) each."""
+    if "posterior" in batch:
+        return batch["posterior"].to(run.base.device).unbind(1)
+    return encode_posterior(run.base.vae, batch["texture"].to(run.base.device))
+
+
+def prompt_states(run: "Run", batch: dict) -> Tensor:
+    if "text_states" in batch:
+        return batch["text_states"].to(run.base.device)
+    return encode_prompts(run.base, [run.cfg.model.prompt_template.format(prompt=prompt) for prompt in batch["prompt"]])
+
+
+def picture_states(run: "Run", batch: dict) -> Tensor:
+    """encoder_hidden_states (B, L, D) of the batch's pictures, float32."""
+    if "image_tokens" in batch:
+        image_tokens = batch["image_tokens"].to(run.base.device).float()
+    else:
+        image_tokens = encode_images(run.base, batch["image"])
+    return run.aligner(image_tokens).float()
+
+
+def denoising_errors(
+    run: "Run", latents: Tensor, noise: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor
+) -> Tensor:
+    """Mean squared error of the UNet's prediction in each row, (B,), texels weighted by `run.texel_weight`."""
+    unet, noise_scheduler = run.base.unet, run.base.noise_scheduler
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps).to(unet.dtype)
+    if run.cfg.model.channels_last:
+        noisy_latents = noisy_latents.contiguous(memory_format=torch.channels_last)
+    with autocast(run.base.device, run.precision):
+        noise_pred = unet(noisy_latents, timesteps, encoder_hidden_states.to(unet.dtype)).sample
+    squared = (noise_pred.float() - training_target(noise_scheduler, latents, noise, timesteps)).square().mean(1)
+    if run.texel_weight is None:
+        return squared.mean((1, 2))
+    return (squared * run.texel_weight).sum((1, 2)) / run.texel_weight.sum()
+
+
+@torch.no_grad()
+def validation_losses(run: "Run") -> dict[str, float]:
+    """val/t2uv and val/i2uv: the mean error on the held-out rows at the quantiles of the timesteps, with noise that
+    depends on the texture alone, so that runs can be compared. Each process takes its share of the rows."""
+    conditions, base, rows = CONDITIONS[run.task], run.base, run.validation
+    totals = torch.zeros(1 + len(conditions), device=base.device)
+    mine = range(processes.rank(), len(rows), processes.world_size())
+    for start in range(0, len(mine), run.schedule.batch_size):
+        batch = default_collate([rows[index] for index in mine[start : start + run.schedule.batch_size]])
+        draws = RowDraws(0, 0, batch["texture_id"].tolist())
+        with autocast(base.device, run.precision):
+            mean, std = posterior(run, batch)
+            latents = sample_posterior(base.vae, mean, std, torch.zeros_like(mean))
+            states = [prompt_states(run, batch) if kind == "text" else picture_states(run, batch)
+                      for kind in conditions]  # fmt: skip
+        for quantile in range(QUANTILES):
+            noise = draws.normal(latents.shape[1:]).to(latents)
+            timestep = int((quantile + 0.5) / QUANTILES * base.noise_scheduler.config.num_train_timesteps)
+            timesteps = torch.full((len(latents),), timestep, device=latents.device)
+            totals[0] += len(latents)
+            for place, encoder_hidden_states in enumerate(states, 1):
+                totals[place] += denoising_errors(run, latents, noise, timesteps, encoder_hidden_states).sum()
+    processes.mean_over_processes([totals])
+    return {f"val/{TASK_NAME[kind]}": (total / totals[0]).item() for kind, total in zip(conditions, totals[1:])}

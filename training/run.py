@@ -1,0 +1,270 @@
+"""One training run at step 0: a frozen base, what is trained on it, and on what."""
+
+import importlib
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from torch.nn import functional as F
+
+from atlas_dataset.building import build_dataset
+from atlas_dataset.dataset import ATLASLarge, ProceduralTextures, fingerprint
+from common import processes
+from common.errors import UserError, reason
+from config.configuration import Config, Schedule
+from lora_utils import add_lora, add_text_encoder_lora
+from models.base import BaseModel, load_configured_base, pick_device
+from models.conditioning import encode_prompts, make_aligner, picture_size
+from models.diffusion import autocast, frozen_dtype, resolve_precision
+from render.bodies import Body
+from render.rasteriser import load_body, uv_mask
+from training.caching import use_caches
+from training.objective import CONDITIONS
+
+# Optimisers from packages that are not required: package, class.
+OPTIMIZERS = {
+    "adamw8bit": ("bitsandbytes.optim", "AdamW8bit"),
+    "prodigy": ("prodigyopt", "Prodigy"),
+    "schedulefree": ("schedulefree", "AdamWScheduleFree"),
+}
+
+
+@dataclass
+class Run:
+    """Everything a checkpoint must bring back is in `parameters`, `optimizer`, `lr_scheduler`, `scaler`, `ema` and
+    `global_step`; all else follows from the configuration.
+    """
+
+    cfg: Config
+    task: str
+    base: BaseModel
+    aligner: torch.nn.Module | None
+    parameters: list[torch.nn.Parameter]  # of LoRA and aligner, float32
+    dataset: ATLASLarge
+    validation: ATLASLarge | None
+    body: Body
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    ema: EMAModel | None
+    precision: torch.dtype | None
+    total_steps: int
+    texel_weight: Tensor | None  # (h, w) of the latents, in the loss; None: all alike
+    null_states: Tensor | None  # (1, L, D) of the empty prompt; None: it is being trained
+    global_step: int = 0
+    skipped: int = 0  # steps in a row whose gradient was not finite
+
+    @property
+    def schedule(self) -> Schedule:
+        return getattr(self.cfg.training, self.task)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of each process in one optimiser step."""
+        return self.schedule.effective_batch_size // (self.schedule.batch_size * processes.world_size())
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.cfg.output.out_dir) / self.task
+
+    def state(self) -> dict:
+        """What `restore` needs, in types that torch.load(weights_only=True) reads."""
+        return {
+            "parameters": [parameter.detach().cpu().clone() for parameter in self.parameters],
+            "optimizer": self.optimizer.state_dict(), "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(), "ema": self.ema.state_dict() if self.ema else None,
+            "global_step": self.global_step, "skipped": self.skipped,
+        }  # fmt: skip
+
+    def restore(self, state: dict) -> None:
+        with torch.no_grad():
+            for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
+                parameter.copy_(saved)
+        rates = self.lr_scheduler.base_lrs  # the configuration's: they may be lowered
+        for name in ("optimizer", "lr_scheduler", "scaler"):
+            if name != "scaler" or state[name]:  # empty when that run was not in fp16
+                getattr(self, name).load_state_dict(state[name])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.base.device)
+        self.lr_scheduler.base_lrs = rates
+        for group, rate, factor in zip(self.optimizer.param_groups, rates, self.lr_scheduler.lr_lambdas):
+            group["initial_lr"], group["lr"] = rate, rate * factor(self.lr_scheduler.last_epoch)
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self.global_step, self.skipped = state["global_step"], state["skipped"]
+
+    @contextmanager
+    def evaluating(self):
+        """Inside, LoRA drops nothing out."""
+        modules = (self.base.unet, self.base.text_encoder)
+        modes = [{part: part.training for part in module.modules()} for module in modules]
+        for module in modules:
+            module.eval()
+        yield
+        for mode in modes:
+            for part, training in mode.items():
+                part.training = training
+
+    @contextmanager
+    def averaged(self):
+        """Inside, the model has the weights to keep: the moving average, or a schedule-free optimiser's own."""
+        is_schedule_free = self.cfg.training.optimizer == "schedulefree"
+        if not self.ema and not is_schedule_free:
+            yield
+            return
+        trained = [parameter.detach().clone() for parameter in self.parameters]
+        if self.ema:
+            self.ema.copy_to(self.parameters)
+        else:
+            self.optimizer.eval()
+        yield
+        if is_schedule_free:
+            self.optimizer.train()
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, trained):
+                parameter.copy_(value)
+
+
+def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
+    """Everything for a run at step 0. Raises UserError for what the configuration or its files have wrong."""
+    schedule, settings = getattr(cfg.training, task), cfg.training
+    _check_divides(schedule, task)
+    processes.keep_freed_memory()
+    device = processes.join(pick_device(settings.device))
+    precision = resolve_precision(settings.mixed_precision, device)
+    base = load_configured_base(cfg.model, device, frozen_dtype(precision, device))
+    aligner, groups = _add_trained(cfg, task, base)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    null_states = None
+    if not cfg.model.lora.text_encoder_r:
+        with autocast(device, precision):
+            null_states = encode_prompts(base, [""])
+
+    dataset = open_dataset(cfg, task, base)
+    cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"body": cfg.data.body or dataset.body})})
+    body = load_body(cfg.data.body)
+    use_caches(cfg, base, dataset, precision, rebuild_cache)
+    validation = dataset.hold_out(cfg.data.validation_textures) if cfg.data.validation_textures else None
+    if len(dataset) < schedule.batch_size:
+        raise UserError(f"training.{task}.batch_size is {schedule.batch_size} but the data set has {len(dataset)} rows")
+    total_steps = schedule.max_steps or max(1, schedule.num_epochs * len(dataset) // schedule.effective_batch_size)
+
+    optimizer = make_optimizer(settings.optimizer, groups, schedule)
+    kind = "constant_with_warmup" if schedule.lr_scheduler == "constant" else schedule.lr_scheduler
+    lr_scheduler = get_scheduler(
+        kind, optimizer, num_warmup_steps=schedule.lr_warmup_steps, num_training_steps=total_steps
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    ema = EMAModel(parameters, decay=settings.ema_decay) if settings.ema_decay else None
+    texel_weight = None
+    if settings.outside_weight < 1:
+        side = dataset.resolution // base.vae_scale
+        inside = F.interpolate(uv_mask(body, dataset.resolution)[None, None].float(), size=(side, side), mode="area")
+        texel_weight = (inside + settings.outside_weight * (1 - inside))[0, 0].to(device)
+    return Run(
+        cfg, task, base, aligner, parameters, dataset, validation, body, optimizer, lr_scheduler, scaler, ema,
+        precision, total_steps, texel_weight, null_states,
+    )  # fmt: skip
+
+
+def _add_trained(cfg: Config, task: str, base: BaseModel) -> tuple[torch.nn.Module | None, list[dict]]:
+    """Puts LoRA on the frozen base and makes the aligner, in float32, from the seed → the aligner (None without
+    pictures) and the optimiser's groups of parameters."""
+    schedule = getattr(cfg.training, task)
+    torch.manual_seed(cfg.training.seed)
+    lora, aligner = add_lora(base.unet, cfg.model.lora), None
+    if cfg.model.lora.text_encoder_r:
+        lora += add_text_encoder_lora(base.text_encoder, cfg.model.lora)
+    groups = [{"params": lora}]
+    if "image" in CONDITIONS[task]:
+        aligner = make_aligner(cfg.model.aligner, base)
+        groups.append({"params": list(aligner.parameters())})
+        if schedule.aligner_learning_rate and cfg.training.optimizer != "prodigy":  # which finds one rate for all
+            groups[1]["lr"] = schedule.aligner_learning_rate
+    processes.copy_from_main([parameter.data for group in groups for parameter in group["params"]])
+    _prepare_unet(base.unet, cfg)
+    return aligner, groups
+
+
+def _check_divides(schedule: Schedule, task: str) -> None:
+    rows = schedule.batch_size * processes.world_size()
+    if schedule.effective_batch_size % rows:
+        raise UserError(
+            f"training.{task}.effective_batch_size {schedule.effective_batch_size} is not a multiple of {rows}: "
+            f"batch_size {schedule.batch_size} in each of {processes.world_size()} processes"
+        )
+
+
+def _prepare_unet(unet, cfg: Config) -> None:
+    """Memory format, checkpointing and compilation."""
+    if cfg.model.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if cfg.model.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        unet.train()  # diffusers checkpoints in training mode alone; these UNets have no dropout but LoRA's
+    elif cfg.model.lora.dropout:
+        unet.train()
+    if cfg.model.compile:
+        try:
+            torch.compile(torch.nn.functional.silu)(torch.zeros(8, device=unet.device))
+        except Exception as error:  # the compilers have many kinds
+            raise UserError(f"model.compile cannot be used ({reason(error)}); set it to false") from error
+        unet.compile(dynamic=False)
+
+
+def make_optimizer(name: str, groups: list[dict], schedule: Schedule) -> torch.optim.Optimizer:
+    """Raises UserError when the optimiser's package is not installed."""
+    options = {"lr": schedule.learning_rate, "weight_decay": schedule.weight_decay}
+    if name == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **options)
+    package, kind = OPTIMIZERS[name]
+    try:
+        cls = getattr(importlib.import_module(package), kind)
+    except ImportError as error:
+        raise UserError(
+            f"training.optimizer {name} needs the package {package.split('.')[0]} ({reason(error)}); install it or "
+            "take adamw"
+        ) from None
+    optimizer = cls(groups, **options)
+    if name == "schedulefree":
+        optimizer.train()
+    return optimizer
+
+
+def open_dataset(cfg: Config, task: str, base: BaseModel) -> ATLASLarge:
+    """The configured data set; procedural:COUNT is built into data.cache_dir the first time."""
+    datasets.disable_progress_bars()
+    root, cache_dir = Path(cfg.data.dataset), Path(cfg.data.cache_dir)
+    kind, _, count = cfg.data.dataset.partition(":")
+    resolution = cfg.data.resolution or base.native_resolution
+    if resolution % base.vae_scale:
+        raise UserError(f"data.resolution {resolution} is not a multiple of {base.vae_scale}")
+    if kind == "procedural":
+        if not count.isdigit() or int(count) == 0:
+            raise UserError(f"data.dataset {cfg.data.dataset!r}: write procedural:COUNT, the number of textures")
+        if cfg.data.body not in (None, "anny"):
+            raise UserError(f"data.body is {cfg.data.body!r}, but procedural textures are painted on anny")
+        views = cfg.data.views_per_texture if cfg.data.views == "stored" else 0
+        size = max(resolution, base.native_resolution)  # the same set where training starts at a smaller resolution
+        source = ProceduralTextures(int(count), size, cfg.training.seed)
+        key = fingerprint(source.fingerprint(), views, size, cfg.data.render.model_dump())
+        root = cache_dir / f"procedural-{count}-{key}"
+        build_dataset(source, "anny", views, root, size, size * 3 // 4, cfg.training.seed, cfg.data.render)
+        processes.wait()
+    dataset = ATLASLarge(root, task, resolution, cache_dir=str(cache_dir / "datasets"))
+    body = cfg.data.body or dataset.body
+    if body is None:
+        raise UserError(f"data set {cfg.data.dataset} does not say which body it is for; set data.body")
+    if "image" in CONDITIONS[task]:
+        shape = (4, 3) if cfg.data.views == "online" else dataset.render_shape()
+        dataset.image_size = picture_size(base, shape, cfg.model.image_size)
+        if cfg.data.views == "online":
+            dataset.render_online(cfg.data.render, body, cfg.data.views_per_texture, cfg.training.seed)
+        elif dataset.renders is None:
+            raise UserError(f"data set {cfg.data.dataset} holds no renders; set data.views to online")
+    return dataset
