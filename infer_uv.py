@@ -21,7 +21,7 @@ from tqdm import tqdm
 from common import processes
 from common.errors import UserError, exit_on_user_error, reason
 from common.files import check_writable, write_whole
-from common.pictures import encode_image, open_image, picture_files, texture_pixels
+from common.pictures import encode_image, open_image, picture_files
 from config.configuration import DEFAULT_CONFIG, dotted_overrides
 from embedded.painter import BODY_REGIONS
 from models.diffusion import SAMPLERS
@@ -30,6 +30,7 @@ from models.pipeline import TexturePipeline, read_mask
 from render.export import SUFFIXES, export_body
 from render.rigs import load_rig
 from render.turntable import contact_sheet, save_turntable, turntable_frames
+from render.uv_space import texture_pixels
 
 EXPORTS = (*(suffix[1:] for suffix in SUFFIXES), "gif", "mp4", "sheet")
 MANIFEST = "manifest.jsonl"

@@ -13,13 +13,14 @@ from PIL import Image
 
 from atlas_dataset.dataset import ProceduralTextures
 from atlas_dataset.views import render_texture
-from common.pictures import encode_image, image_from_pixels, open_image, texture_pixels
+from common.pictures import encode_image, image_from_pixels, open_image
 from config.configuration import Render
 from models.base import load_base
 from models.checkpoints import EMBEDDED_CHECKPOINT, TrainedModel, load_checkpoint
 from models.generation import condition, finish_texture, generate
 from render.rigs import load_rig
 from render.turntable import save_turntable, turntable_frames
+from render.uv_space import texture_pixels
 
 OUT = Path(__file__).with_name("gallery")
 PROMPTS = (

@@ -12,9 +12,10 @@ import torch
 
 from atlas_dataset.dataset import ProceduralTextures
 from atlas_dataset.views import render_texture
-from common.pictures import image_from_pixels, open_image, texture_pixels
+from common.pictures import image_from_pixels, open_image
 from config.configuration import Render
 from render.rigs import load_rig
+from render.uv_space import texture_pixels
 
 
 def main():

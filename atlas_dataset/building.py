@@ -30,10 +30,11 @@ from atlas_dataset.dataset import INFO_FILE
 from atlas_dataset.views import render_texture
 from common.errors import UserError, reason
 from common.files import check_writable, temporary_name, write_whole
-from common.pictures import body_pixels, encode_image, image_from_pixels, open_image
+from common.pictures import encode_image, image_from_pixels, open_image
 from common.processes import keep_freed_memory
 from config.configuration import Render
 from render.rigs import load_rig
+from render.uv_space import body_pixels
 
 TEXTURES_PER_SHARD = 32
 ROWS_PER_GROUP = 16  # of a shard's rows, the unit that is written and read at once

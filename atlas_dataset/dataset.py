@@ -13,12 +13,12 @@ from torch.utils.data import Dataset
 
 from atlas_dataset.views import render_texture
 from common.errors import UserError, reason
-from common.pictures import encode_image, image_from_pixels, is_picture, open_image, prepare_image, texture_pixels
+from common.pictures import encode_image, image_from_pixels, is_picture, open_image, prepare_image
 from config.configuration import Render
 from embedded.grammar import sample_outfit
 from embedded.painter import PAINTER, paint
-from render.rasteriser import fill_outside, uv_mask
 from render.rigs import load_rig
+from render.uv_space import fill_outside, texture_pixels, uv_mask
 
 INFO_FILE = "atlas_large.json"
 TEXTURES_KEPT = 32

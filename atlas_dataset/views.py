@@ -9,17 +9,10 @@ from torch.nn import functional as F
 
 from common.pictures import open_image, picture_files, pixels_from_image
 from config.configuration import Render
-from render.rasteriser import (
-    Cameras,
-    Lights,
-    ambient_light,
-    directional_light,
-    from_camera,
-    look_at,
-    orbit_direction,
-    render_views,
-)
+from render.cameras import Cameras, from_camera, look_at, orbit_direction
+from render.lights import Lights, ambient_light, directional_light
 from render.rigs import StillRig
+from render.shading import render_views
 
 VIEWS_AT_ONCE = 4  # bounds the renderer's memory
 background_files = functools.lru_cache(maxsize=4)(picture_files)  # listed once

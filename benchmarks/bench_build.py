@@ -31,8 +31,9 @@ from atlas_dataset import building
 from atlas_dataset.building import build_dataset
 from atlas_dataset.dataset import ATLASLarge, HuggingFaceATLAS
 from common.errors import exit_on_user_error
-from common.pictures import image_from_pixels, open_image, pixels_from_image, prepare_image, texture_pixels
+from common.pictures import image_from_pixels, open_image, pixels_from_image, prepare_image
 from config.configuration import Render
+from render.uv_space import texture_pixels
 
 VIEWS, HEIGHT, WIDTH = 5, 1024, 768
 

@@ -19,7 +19,11 @@ import numpy as np
 import torch
 
 from common.processes import keep_freed_memory
-from render.rasteriser import load_body, orbit_cameras, rasterize, render_views, shade, studio_lights
+from render.cameras import orbit_cameras
+from render.lights import studio_lights
+from render.rasteriser import rasterize
+from render.rigs import load_body
+from render.shading import render_views, shade
 
 HEIGHT, WIDTH = 1024, 768
 IN_A_ROW = 6

@@ -26,13 +26,13 @@ from atlas_dataset.building import build_dataset
 from atlas_dataset.dataset import HuggingFaceATLAS
 from atlas_dataset.views import render_texture
 from common.errors import exit_on_user_error
-from common.pictures import image_from_pixels, open_image, texture_pixels
+from common.pictures import image_from_pixels, open_image
 from config.configuration import DEFAULT_CONFIG, Render, dotted_overrides, load_config
 from models.checkpoints import load_checkpoint
 from models.diffusion import autocast, resolve_precision
 from models.generation import condition, generate
-from render.rasteriser import uv_mask
 from render.rigs import load_rig
+from render.uv_space import texture_pixels, uv_mask
 from training.loop import train
 
 # A studio, with white light: some of the textures differ in a shade of gray, and 280 renders are too few to learn that

@@ -18,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from scipy.ndimage import distance_transform_edt
 
-from common.pictures import pixels_from_image, texture_pixels
+from common.pictures import pixels_from_image
 from evaluation.procedural import held_out_paintings
 from models.checkpoints import EMBEDDED_CHECKPOINT
 from models.pipeline import TexturePipeline
-from render.rasteriser import fill_outside
 from render.seams import REACH, fix_seams, seam_error, seam_points
+from render.uv_space import fill_outside, texture_pixels
 
 
 def main():

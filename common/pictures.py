@@ -8,8 +8,6 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from common.errors import UserError, reason
-from render.bodies import Body
-from render.rasteriser import fill_outside, uv_mask
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -69,22 +67,6 @@ def image_from_pixels(pixel_values: Tensor) -> Image.Image:
     """(3 or 4, H, W) in [-1, 1] → RGB or RGBA picture."""
     data = ((pixel_values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(data)
-
-
-def texture_pixels(image: Image.Image, size: int) -> Tensor:
-    """A texture → (3, size, size) in [-1, 1]; texels that its alpha leaves out take the nearest island's colour."""
-    if image.mode != "RGBA":
-        return pixels_from_image(image.resize((size, size), Image.Resampling.LANCZOS))
-    # Resized with alpha premultiplied, so that what lies under transparent texels bleeds into none.
-    pixels = pixels_from_image(image.convert("RGBa").resize((size, size), Image.Resampling.BOX).convert("RGBA"))
-    return fill_outside(pixels[:3], pixels[3] > 0)
-
-
-def body_pixels(image: Image.Image, body: Body, size: int) -> Tensor:
-    """A texture to be rendered on a body → (3, size, size) in [-1, 1], filled outside the body's UV islands, also
-    where the picture has no alpha to say so."""
-    pixels = texture_pixels(image, size)
-    return pixels if image.mode == "RGBA" else fill_outside(pixels, uv_mask(body, size))
 
 
 def encode_image(image: Image.Image, **options) -> bytes:

@@ -13,9 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from atlas_dataset.dataset import ProceduralTextures
 from atlas_dataset.views import render_texture
-from common.pictures import image_from_pixels, open_image, texture_pixels
+from common.pictures import image_from_pixels, open_image
 from config.configuration import Render
 from render.rigs import load_rig
+from render.uv_space import texture_pixels
 
 OUT = Path("outputs/demo")
 PROMPTS = (  # combinations that `Outfit.held_out` keeps out of training

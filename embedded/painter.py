@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from embedded.grammar import COLOURS, ETHNICITIES, FEMALE, HAIR, HEMS, LEGS, SLEEVES, STYLES, Outfit
-from render.bodies import Body, load_anny, load_anny_body
-from render.rasteriser import interpolate, rasterize_uv, vertex_normals
+from render.bodies import Body, load_anny, load_anny_body, vertex_normals
+from render.rasteriser import interpolate, rasterize_uv
 
 PAINTER = 3  # to be raised when the same outfit and seed are painted differently: data sets are built anew
 # What a texel shows, as numbered in a painting's regions.

@@ -17,8 +17,9 @@ from models.checkpoints import TrainedModel
 from models.conditioning import blend
 from models.diffusion import autocast, decode_latents, encode_posterior, resolve_precision
 from models.generation import condition, generate
-from render.rasteriser import fill_outside, rasterize, rasterize_uv
+from render.rasteriser import rasterize, rasterize_uv
 from render.rigs import load_rig
+from render.uv_space import fill_outside
 
 SEED = 90_001  # of the held-out outfits; training draws its own from small seeds
 SIZE = 256  # of the true textures

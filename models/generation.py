@@ -10,8 +10,9 @@ from common.pictures import image_from_pixels, prepare_image
 from models.checkpoints import TrainedModel
 from models.conditioning import blend, encode_images, encode_long_prompt, encode_prompts, picture_size, same_length
 from models.diffusion import decode_latents, sample_latents
-from render.rasteriser import Body, fill_outside, uv_mask
+from render.rasteriser import Body
 from render.seams import fix_seams
+from render.uv_space import fill_outside, uv_mask
 
 
 def check_takes_pictures(trained: TrainedModel) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.errors import UserError
-from common.pictures import body_pixels, open_image, pixels_from_image
+from common.pictures import open_image, pixels_from_image
 from config.configuration import DEFAULT_CONFIG, load_config
 from embedded.painter import BODY_REGIONS, region_mask
 from lora_utils import merge_lora
@@ -25,7 +25,8 @@ from models.conditioning import blend, same_length
 from models.diffusion import autocast, encode_posterior, resolve_precision
 from models.generation import finish_texture, generate_guided, picture_condition, prompt_condition
 from models.interchange import load_any
-from render.rasteriser import load_body
+from render.rigs import load_body
+from render.uv_space import body_pixels
 
 
 class TexturePipeline:

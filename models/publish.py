@@ -14,12 +14,13 @@ from huggingface_hub import ModelCardData
 
 from common.errors import UserError, exit_on_user_error, reason
 from common.files import check_writable, push_folder, write_whole
-from common.pictures import encode_image, texture_pixels
+from common.pictures import encode_image
 from config.configuration import DEFAULT_CONFIG, load_config
 from lora_utils import LORA_FILE
 from models.checkpoints import ALIGNER_FILE, CONFIG_FILE, STATE_FILE, newest_checkpoint
 from models.pipeline import TexturePipeline
 from render.turntable import contact_sheet
+from render.uv_space import texture_pixels
 
 SIZE = 512  # texels, of the card's textures
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from common.errors import UserError, reason
 
@@ -111,3 +112,13 @@ def read_obj(path: str) -> Body:
         if not points.isfinite().all():
             raise UserError(f"{path} has a {name} that is not a finite number")
     return body
+
+
+def vertex_normals(vertices: Tensor, faces: Tensor) -> Tensor:
+    """Smooth unit normals, weighted by triangle area. vertices: (..., V, 3) → (..., V, 3)."""
+    a, b, c = (vertices.index_select(-2, corner) for corner in faces.unbind(1))
+    face_normals = torch.linalg.cross(b - a, c - a)
+    normals = torch.zeros_like(vertices)
+    for corner in range(3):
+        normals.index_add_(-2, faces[:, corner], face_normals)
+    return F.normalize(normals, dim=-1)

@@ -13,11 +13,11 @@ from PIL import Image
 
 from common.errors import UserError
 from common.files import write_whole
-from common.pictures import encode_image, image_from_pixels, texture_pixels
-from render.bodies import load_anny
+from common.pictures import encode_image, image_from_pixels
+from render.bodies import load_anny, vertex_normals
 from render.poses import anny_in_our_axes
-from render.rasteriser import vertex_normals
 from render.rigs import AnnyRig, StillRig
+from render.uv_space import texture_pixels
 
 SUFFIXES = (".glb", ".obj", ".usdz")
 INFLUENCES = 8  # bones that move a vertex, at most

@@ -15,9 +15,10 @@ from PIL import ImageColor
 
 from common.errors import UserError, exit_on_user_error
 from common.files import write_whole
-from common.pictures import encode_image, open_image, picture_files, texture_pixels
+from common.pictures import encode_image, open_image, picture_files
 from render.rigs import load_rig
 from render.turntable import SUFFIXES, contact_sheet, save_turntable, turntable_frames
+from render.uv_space import texture_pixels
 
 FORMATS = {"gif": ".gif", "webp": ".webp", "mp4": ".mp4", "frames": "", "sheet": ".png"}
 

@@ -13,7 +13,7 @@ from scipy.sparse.linalg import cg
 from torch import Tensor
 
 from render.bodies import Body
-from render.rasteriser import uv_mask
+from render.uv_space import uv_mask
 
 REACH = 8  # texels from a seam that a correction may change
 SMOOTHNESS = 0.02  # of the correction, against equal colours at the seam

@@ -11,7 +11,8 @@ from common.errors import UserError, reason
 from common.files import check_writable, write_whole
 from common.pictures import encode_image
 from render.bodies import Body
-from render.rasteriser import orbit_cameras, render_views
+from render.cameras import orbit_cameras
+from render.shading import render_views
 
 BACKGROUND = (0.93, 0.94, 0.96)
 SHEET_VIEWS = {"front": 0.0, "left": 90.0, "back": 180.0, "right": 270.0}

@@ -20,7 +20,8 @@ from config.configuration import dump_config
 from models.checkpoints import TrainedModel
 from models.diffusion import autocast
 from models.generation import condition, generate
-from render.rasteriser import orbit_cameras, render_views
+from render.cameras import orbit_cameras
+from render.shading import render_views
 from training.objective import CONDITIONS, RowDraws, batch_losses
 from training.run import Run
 

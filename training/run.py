@@ -22,7 +22,8 @@ from models.base import BaseModel, load_configured_base, pick_device
 from models.conditioning import encode_prompts, make_aligner, picture_size
 from models.diffusion import autocast, frozen_dtype, resolve_precision
 from render.bodies import Body
-from render.rasteriser import load_body, uv_mask
+from render.rigs import load_body
+from render.uv_space import uv_mask
 from training.caching import use_caches
 from training.objective import CONDITIONS
 

@@ -47,8 +47,11 @@ from embedded.grammar import BOTTOMS, COLOURS, ETHNICITIES, HAIR, STYLES, TOPS, 
 from models.base import load_base
 from models.diffusion import autocast, encode_posterior, resolve_precision, training_target
 from render.bodies import load_anny_body
-from render.rasteriser import ambient_light, fill_outside, look_at, orbit_cameras, render_views, studio_lights
+from render.cameras import look_at, orbit_cameras
+from render.lights import ambient_light, studio_lights
 from render.rigs import load_rig
+from render.shading import render_views
+from render.uv_space import fill_outside
 
 RESOLUTION, PATCH = 256, 8  # side in pixels of a picture, and of what one latent stands for
 CLIP_RESOLUTION = 128

@@ -16,8 +16,8 @@ from common.pictures import open_image
 from config.configuration import Render
 from embedded import grammar
 from embedded import painter as procedural
-from render.rasteriser import fill_outside, load_body
-from render.rigs import load_rig
+from render.rigs import load_body, load_rig
+from render.uv_space import fill_outside
 
 
 def test_built_rows_join_texture_prompt_and_render(dataset_dir, textures, tmp_path):

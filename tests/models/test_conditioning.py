@@ -4,7 +4,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from common.errors import UserError
-from common.pictures import image_from_pixels, pixels_from_image, prepare_image, texture_pixels
+from common.pictures import image_from_pixels, pixels_from_image, prepare_image
 from config.configuration import Aligner
 from models.conditioning import (
     PooledAligner,
@@ -16,6 +16,7 @@ from models.conditioning import (
     make_aligner,
     picture_size,
 )
+from render.uv_space import texture_pixels
 
 
 def test_text_and_image_give_one_shape(base):

@@ -9,7 +9,8 @@ from infer_uv import main as infer_main
 from lora_utils import add_lora, lora_parameters, save_lora
 from models.checkpoints import save_checkpoint
 from models.conditioning import make_aligner
-from render.rasteriser import load_body, uv_mask
+from render.rigs import load_body
+from render.uv_space import uv_mask
 
 
 @pytest.fixture()

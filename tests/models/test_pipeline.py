@@ -17,8 +17,8 @@ from models.conditioning import encode_long_prompt, encode_prompts, same_length
 from models.diffusion import SAMPLERS
 from models.interchange import load_any
 from render.bodies import load_anny_body
-from render.rasteriser import fill_outside, uv_mask
 from render.seams import edge_pairs, fix_seams, seam_error
+from render.uv_space import fill_outside, uv_mask
 
 
 @pytest.fixture()

@@ -16,9 +16,11 @@ from PIL import Image
 from common.errors import UserError
 from common.pictures import pixels_from_image
 from render.bodies import Body
+from render.cameras import orbit_cameras
 from render.export import export_body
-from render.rasteriser import ambient_light, orbit_cameras, render_views
+from render.lights import ambient_light
 from render.rigs import AnnyRig, load_rig
+from render.shading import render_views
 
 VALIDATOR = Path(__file__).parent / "node_modules" / "gltf-validator"
 

@@ -6,25 +6,15 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.pictures import open_image, texture_pixels
-from render.rasteriser import (
-    Cameras,
-    Lights,
-    ambient_light,
-    directional_light,
-    fill_outside,
-    interpolate,
-    load_body,
-    look_at,
-    orbit_cameras,
-    rasterize,
-    rasterize_uv,
-    render_views,
-    sample_textures,
-    uv_mask,
-    vertex_normals,
-)
+from common.pictures import open_image
+from render.bodies import vertex_normals
+from render.cameras import Cameras, look_at, orbit_cameras
+from render.lights import Lights, ambient_light, directional_light
+from render.rasteriser import interpolate, rasterize, rasterize_uv
 from render.render_turntable import main as turntable_main
+from render.rigs import load_body
+from render.shading import render_views, sample_textures
+from render.uv_space import fill_outside, texture_pixels, uv_mask
 
 
 def embree_hits(body, cameras, height, width):
@@ -369,10 +359,10 @@ def test_one_texture_is_sampled_alike_by_any_number_of_threads_and_parts(monkeyp
     textures, uv = torch.rand(1, 3, 32, 32), torch.rand(101, 2)
     density = torch.full((101,), 5.0)
     several = sample_textures(textures, uv, density)
-    monkeypatch.setattr("render.rasteriser.torch.get_num_threads", lambda: 1)
-    monkeypatch.setattr("render.rasteriser.MAX_SAMPLED", 50)
+    monkeypatch.setattr("render.shading.torch.get_num_threads", lambda: 1)
+    monkeypatch.setattr("render.shading.MAX_SAMPLED", 50)
     assert torch.allclose(sample_textures(textures, uv, density), several, atol=1e-6)
-    monkeypatch.setattr("render.rasteriser.torch.get_num_threads", lambda: 3)
+    monkeypatch.setattr("render.shading.torch.get_num_threads", lambda: 3)
     assert torch.allclose(sample_textures(textures, uv, density), several, atol=1e-6)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import default_collate
 
 from lora_utils import lora_parameters
-from render.rasteriser import uv_mask
+from render.uv_space import uv_mask
 from training.objective import RowDraws, batch_losses, validation_losses
 from training.run import set_up
 

@@ -1,0 +1,52 @@
+"""Textures in UV space: which texels are on the body, what lies beyond, and pictures as textures.
+
+UV coordinates are in [0, 1] with v up: texel row 0 of a texture is v = 1.
+"""
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from common.pictures import pixels_from_image
+from render.bodies import Body
+from render.rasteriser import rasterize_uv
+
+
+def uv_mask(body: Body, size: int) -> Tensor:
+    """Texels whose centre lies on a UV island → (size, size) bool."""
+    return rasterize_uv(body, size).mask[0]
+
+
+def fill_outside(texture: Tensor, mask: Tensor) -> Tensor:
+    """Colours the texels outside `mask` from the nearest islands, by the pull-push pyramid (Gortler et al. 1996).
+
+    texture: (C, S, S); mask: (S, S) bool → (C, S, S), unchanged inside the mask. An empty mask changes nothing.
+    """
+    if not mask.any():
+        return texture
+    weight = mask.to(texture)[None, None]
+    levels = [(texture[None] * weight, weight)]
+    while min(levels[-1][1].shape[-2:]) > 1:
+        levels.append(tuple(F.avg_pool2d(part, 2, ceil_mode=True, count_include_pad=False) for part in levels[-1]))
+    filled = levels[-1][0] / levels[-1][1]
+    for colour, weight in reversed(levels[:-1]):
+        coarse = F.interpolate(filled, size=colour.shape[-2:], mode="bilinear", align_corners=False)
+        filled = torch.where(weight > 0, colour / weight.clamp(min=1e-8), coarse)
+    return torch.where(mask, texture, filled[0])
+
+
+def texture_pixels(image: Image.Image, size: int) -> Tensor:
+    """A texture → (3, size, size) in [-1, 1]; texels that its alpha leaves out take the nearest island's colour."""
+    if image.mode != "RGBA":
+        return pixels_from_image(image.resize((size, size), Image.Resampling.LANCZOS))
+    # Resized with alpha premultiplied, so that what lies under transparent texels bleeds into none.
+    pixels = pixels_from_image(image.convert("RGBa").resize((size, size), Image.Resampling.BOX).convert("RGBA"))
+    return fill_outside(pixels[:3], pixels[3] > 0)
+
+
+def body_pixels(image: Image.Image, body: Body, size: int) -> Tensor:
+    """A texture to be rendered on a body → (3, size, size) in [-1, 1], filled outside the body's UV islands, also
+    where the picture has no alpha to say so."""
+    pixels = texture_pixels(image, size)
+    return pixels if image.mode == "RGBA" else fill_outside(pixels, uv_mask(body, size))
