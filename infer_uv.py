@@ -8,7 +8,6 @@ python infer_uv.py --prompts-file prompts.txt --out textures            # goes o
 
 import argparse
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,7 +220,7 @@ def main():
         init_texture = open_image(args.init_texture) if args.init_texture else None
         mask = read_mask(args.mask)
         if processes.world_size() > 1 and torch.cuda.is_available():
-            overrides = [*overrides, f"training.device=cuda:{os.environ.get('LOCAL_RANK', 0)}"]
+            overrides = [*overrides, f"training.device=cuda:{processes.local_rank()}"]
         pipeline = TexturePipeline.from_pretrained(args.checkpoint, args.config, overrides, args.lora, args.aligner)
         if args.images or args.image:
             check_takes_pictures(pipeline.trained)

@@ -11,10 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from PIL import Image
 
-from atlas_dataset.dataset import ProceduralTextures
 from atlas_dataset.views import render_texture
 from common.pictures import encode_image, image_from_pixels, open_image
 from config.configuration import Render
+from embedded.sources import ProceduralTextures
 from models.base import load_base
 from models.checkpoints import EMBEDDED_CHECKPOINT, TrainedModel, load_checkpoint
 from models.generation import condition, finish_texture, generate

@@ -10,10 +10,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from atlas_dataset.dataset import ProceduralTextures
 from atlas_dataset.views import render_texture
 from common.pictures import image_from_pixels, open_image
 from config.configuration import Render
+from embedded.sources import ProceduralTextures
 from render.rigs import load_rig
 from render.uv_space import texture_pixels
 

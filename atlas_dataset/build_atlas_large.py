@@ -17,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 import datasets
 
 from atlas_dataset.building import build_dataset, verify_dataset
-from atlas_dataset.dataset import INFO_FILE, HuggingFaceATLAS, ProceduralTextures
+from atlas_dataset.dataset import INFO_FILE
 from common.errors import UserError, exit_on_user_error
 from common.files import push_folder
 from config.configuration import DEFAULT_CONFIG, dotted_overrides, load_config
+from embedded.sources import is_procedural, open_textures
 
 
 def main():
@@ -56,13 +57,9 @@ def main():
         if args.limit is not None and args.limit < 1:
             raise UserError("--limit must be 1 or more")
         render = load_config(args.config or DEFAULT_CONFIG, dotted_overrides(overrides)).data.render
-        kind, _, count = args.textures.partition(":")
-        if kind == "procedural":
-            if not count.isdigit():
-                raise UserError(f"--textures {args.textures}: write procedural:COUNT")
-            source = ProceduralTextures(int(count), seed=args.seed)
-        else:
-            source = HuggingFaceATLAS(args.textures, args.prompts)
+        source = open_textures(args.textures, args.prompts, seed=args.seed)
+        if is_procedural(args.textures) and args.body != source.body:
+            raise UserError(f"--body {args.body}: procedural textures are painted on {source.body}")
         source.limit(args.limit)
         out = build_dataset(
             source, args.body, args.views, args.out, args.height, args.width, args.seed, render, args.licence,

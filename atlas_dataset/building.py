@@ -3,8 +3,8 @@
 Layout: `textures/*.parquet` (texture_id, texture, prompt, licence), each texture once with its own bytes;
 `renders/*.parquet` (texture_id, view, image and all that was drawn for it); `atlas_large.json`; a data card; and
 `skipped.json`, the textures that could not be read. A shard is written under a temporary name and renamed, so that
-the same command goes on after the last whole one. Each of RANK of WORLD_SIZE processes (torchrun, accelerate launch)
-takes every WORLD_SIZE-th shard: the rows are the same for any number of processes and workers.
+the same command goes on after the last whole one. Several processes (accelerate launch) share the shards: the rows
+are the same for any number of processes and workers.
 """
 
 import json
@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 from atlas_dataset.dataset import INFO_FILE
 from atlas_dataset.views import render_texture
+from common import processes
 from common.errors import UserError, reason
 from common.files import check_writable, temporary_name, write_whole
 from common.pictures import encode_image, image_from_pixels, open_image
-from common.processes import keep_freed_memory
 from config.configuration import Render
 from render.rigs import load_rig
 from render.uv_space import body_pixels
@@ -142,17 +142,16 @@ def build_dataset(
     check_writable(out)
     was_complete = (out / INFO_FILE).exists() and _check_same_settings(out / INFO_FILE, info)["complete"]
 
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device = f"cuda:{processes.local_rank()}" if torch.cuda.is_available() else "cpu"
     count = -(-len(source) // TEXTURES_PER_SHARD)
     missing = [shard for shard in range(count) if not all(file.exists() for file in _files(out, shard)[:2])]
     if not missing and was_complete:
         return out
     _check_space(source, len(missing) / count, views, out, height, width)
-    waiting = [shard for shard in missing if shard % world_size == rank]
+    waiting = [shard for shard in missing if shard % processes.world_size() == processes.rank()]
     if workers is None:
-        share = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        workers = 0 if device != "cpu" or len(waiting) * TEXTURES_PER_SHARD * views < 200 else share
+        is_small = len(waiting) * TEXTURES_PER_SHARD * views < 200
+        workers = 0 if device != "cpu" or is_small else processes.cores()
     recipe = Recipe(body_spec, render, views, height, width, seed, licence, device)
     done = (count - len(waiting)) * TEXTURES_PER_SHARD * views
     with (
@@ -192,7 +191,7 @@ def _renderers(workers: int) -> Iterator[ProcessPoolExecutor | None]:
 def prepare_renderer() -> None:
     """One thread a process, which keeps the memory of a frame for the next."""
     torch.set_num_threads(1)
-    keep_freed_memory()
+    processes.keep_freed_memory()
 
 
 def _in_turn(pool, task, source, texture_ids, ahead: int) -> Iterator:

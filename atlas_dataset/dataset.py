@@ -1,7 +1,6 @@
-"""Textures to build from (`HuggingFaceATLAS`, `ProceduralTextures`) and renders to train on (`ATLASLarge`)."""
+"""`ATLASLarge`: the rows that training reads, textures with their prompts and renders."""
 
 import copy
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +12,8 @@ from torch.utils.data import Dataset
 
 from atlas_dataset.views import render_texture
 from common.errors import UserError, reason
-from common.pictures import encode_image, image_from_pixels, is_picture, open_image, prepare_image
+from common.pictures import image_from_pixels, open_image, prepare_image
 from config.configuration import Render
-from embedded.grammar import sample_outfit
-from embedded.painter import PAINTER, paint
 from render.rigs import load_rig
 from render.uv_space import fill_outside, texture_pixels, uv_mask
 
@@ -24,142 +21,32 @@ INFO_FILE = "atlas_large.json"
 TEXTURES_KEPT = 32
 
 
-def fingerprint(*parts) -> str:
-    """A short hash of what a source is made of."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """One prompt a line; the last line may lack its line break."""
-    try:
-        prompts = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read prompts {path}: {reason(error)}; give a text file with a prompt a line") from None
-    empty = next((number for number, prompt in enumerate(prompts, 1) if not prompt.strip()), None)
-    if empty:
-        raise UserError(f"prompts {path}: line {empty} is empty; each line is one texture's prompt")
-    return [prompt.strip() for prompt in prompts]
-
-
-class HuggingFaceATLAS(Dataset):
-    """ATLAS textures as encoded pictures with their prompts, row by row.
-
-    source: a folder of pictures (in the order of their names), or ATLAS as on the hub: its hub name, or a local
-    copy of its parquet files, or its `save_to_disk` folder, with one column `image`. prompts: text file, a prompt
-    a line, in row order. A row is (encoded picture, prompt).
-    """
-
-    def __init__(self, source: str, prompts: str | Path | None, cache_dir: str | None = None):
-        folder = Path(source)
-        pictures = sorted(path for path in folder.glob("*") if is_picture(path)) if folder.is_dir() else []
-        self.rows = pictures or self._open_atlas(source, cache_dir)
-        if prompts is None:
-            raise UserError("ATLAS keeps its prompts apart; give their file with --prompts")
-        self.prompts = read_prompts(prompts)
-        if len(self.rows) > len(self.prompts):
-            raise UserError(f"{len(self.rows)} textures in {source} but {len(self.prompts)} prompts in {prompts}; "
-                            "give a line for each texture")  # fmt: skip
-
-    @staticmethod
-    def _open_atlas(source: str, cache_dir: str | None) -> datasets.Dataset:
-        folder = Path(source)
-        try:
-            if (folder / "state.json").exists():
-                rows = datasets.load_from_disk(source)
-            elif folder.is_dir() or (source.count("/") == 1 and not folder.is_absolute() and not folder.exists()):
-                rows = datasets.load_dataset(source, split="train", cache_dir=cache_dir)
-            else:
-                raise FileNotFoundError("no such folder")
-        except Exception as error:  # `datasets` raises many kinds
-            raise UserError(
-                f"no textures in {source} ({reason(error)}); give a folder of PNG files or a copy of ATLAS"
-            ) from error
-        if "image" not in rows.column_names:
-            raise UserError(f"{source} has columns {rows.column_names}; ATLAS has 'image'")
-        return rows.cast_column("image", datasets.Image(decode=False))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def limit(self, count: int | None) -> None:
-        """Keeps the first `count` rows; None keeps all."""
-        if count is not None and count < len(self):
-            self.rows = self.rows[:count] if isinstance(self.rows, list) else self.rows.select(range(count))
-
-    def fingerprint(self) -> str:
-        """Changes with the prompts, and with the names and sizes of the files or the table they are in."""
-        if isinstance(self.rows, list):
-            rows = [(path.name, path.stat().st_size) for path in self.rows]
-        else:
-            rows = (self.rows.num_rows, self.rows.info.dataset_size, self.rows.info.size_in_bytes)
-        return fingerprint(rows, self.prompts[: len(self)])
-
-    def name(self, index: int) -> str:
-        """What a row's texture is called in messages."""
-        return str(self.rows[index]) if isinstance(self.rows, list) else f"texture {index} ({self.prompts[index]})"
-
-    def __getitem__(self, index: int) -> tuple[bytes, str]:
-        if isinstance(self.rows, list):
-            return self._read(self.rows[index], index), self.prompts[index]
-        picture = self.rows[index]["image"] or {"bytes": None, "path": None}
-        return picture["bytes"] or self._read(picture["path"], index), self.prompts[index]
-
-    def _read(self, path: str | Path | None, index: int) -> bytes:
-        try:
-            return Path(path).read_bytes()
-        except (OSError, TypeError) as error:
-            raise UserError(f"cannot read picture {self.name(index)}: {reason(error)}") from None
-
-
-class ProceduralTextures(Dataset):
-    """`count` textures painted on Anny, each with its prompt, every third one a sentence; held_out gives combinations
-    never trained on."""
-
-    def __init__(self, count: int, size: int = 256, seed: int = 0, held_out: bool = False):
-        self.count, self.size, self.seed, self.held_out = count, size, seed, held_out
-
-    def __len__(self) -> int:
-        return self.count
-
-    def limit(self, count: int | None) -> None:
-        self.count = min(self.count, count or self.count)
-
-    def fingerprint(self) -> str:
-        return fingerprint(self.count, self.size, self.seed, self.held_out, PAINTER)
-
-    def name(self, index: int) -> str:
-        return f"procedural texture {index}"
-
-    def __getitem__(self, index: int) -> tuple[bytes, str]:
-        rng = np.random.default_rng([self.seed, index, self.held_out])
-        outfit = sample_outfit(rng, self.held_out)
-        texture = paint(outfit, self.seed * 1_000_003 + index, self.size).texture
-        caption = outfit.sentence(rng) if index % 3 == 2 else outfit.prompt
-        return encode_image(image_from_pixels(texture * 2 - 1), format="PNG"), caption
-
-
 class ATLASLarge(Dataset):
     """Rows for training, each picture decoded once.
 
     root: a folder written by build_atlas_large.py, or the seed's layout (`load_from_disk` with columns `image`,
-    `texture`, `prompt`). task: "t2uv" has a row for each texture; "i2uv" and "joint" for each render.
+    `texture`, `prompt`). with_renders: a row for each
+    render; without, for each texture.
 
     body is the spec of the mesh whose UV layout the textures have; None where the layout does not say.
 
-    A row: texture (3, resolution, resolution) in [-1, 1], filled outside the islands; texture_id; prompt; and but for
-    t2uv image (3, *image_size) in [-1, 1], padded with black to that (height, width). Where `cached` (see caching.py)
-    has them, a row holds posterior instead of texture, image_tokens instead of image, and text_states. Rows 0 ..
-    len - 1 come again and again as rows len .. 2 len - 1 and so on: the same, but for renders that are made anew (see
-    `render_online`).
+    A row: texture (3, resolution, resolution) in [-1, 1], filled outside the islands; texture_id; prompt; and with
+    renders image (3, *image_size) in [-1, 1], padded with black to that (height, width). Where `cached` (see
+    training/caching.py) has them, a row holds posterior instead of texture, image_tokens instead of image, and
+    text_states. Rows 0 .. len - 1 come again and again as rows len .. 2 len - 1 and so on: the same, but for renders
+    that are made anew (see `render_online`).
     """
 
     def __init__(
-        self, root: str | Path, task: str, resolution: int, image_size: int = 224, cache_dir: str | None = None
+        self,
+        root: str | Path,
+        with_renders: bool,
+        resolution: int,
+        image_size: int = 224,
+        cache_dir: str | None = None,
     ):
         self.fresh_render: Callable[[int, int], Tensor] | None = None
-        if task not in ("t2uv", "i2uv", "joint"):
-            raise ValueError(f"unknown task {task!r}")
-        self.task, self.resolution, self.image_size = task, resolution, (image_size, image_size)
+        self.with_renders, self.resolution, self.image_size = with_renders, resolution, (image_size, image_size)
         root = Path(root)
         try:
             if (root / INFO_FILE).exists():
@@ -196,20 +83,20 @@ class ATLASLarge(Dataset):
 
         self.textures = table("textures").cast_column("texture", datasets.Image(decode=False))
         self.renders = None
-        if self.task != "t2uv" and info["views"]:
+        if self.with_renders and info["views"]:
             self.renders = table("renders").cast_column("image", datasets.Image(decode=False))
             position = {texture_id: row for row, texture_id in enumerate(self.textures["texture_id"])}
             self.texture_rows = [position[texture_id] for texture_id in self.renders["texture_id"]]
 
     def _open_seed_layout(self, root: Path) -> None:
         rows = datasets.load_from_disk(str(root))
-        missing = {"texture", "prompt", *({"image"} if self.task != "t2uv" else ())} - set(rows.column_names)
+        missing = {"texture", "prompt", *({"image"} if self.with_renders else ())} - set(rows.column_names)
         if missing:
             raise UserError(f"data set {root} lacks the columns {sorted(missing)}; it has {rows.column_names}")
         for column in {"texture", "image"} & set(rows.column_names):
             rows = rows.cast_column(column, datasets.Image(decode=False))
         self.textures = rows.remove_columns("image") if "image" in rows.column_names else rows
-        self.renders = rows.remove_columns("texture") if self.task != "t2uv" else None
+        self.renders = rows.remove_columns("texture") if self.with_renders else None
         self.texture_rows = range(len(rows))
         self.body = None
 

@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from atlas_dataset import building
 from atlas_dataset.building import build_dataset
-from atlas_dataset.dataset import ATLASLarge, HuggingFaceATLAS
+from atlas_dataset.dataset import ATLASLarge
+from atlas_dataset.sources import HuggingFaceATLAS
 from common.errors import exit_on_user_error
 from common.pictures import image_from_pixels, open_image, pixels_from_image, prepare_image
 from config.configuration import Render
@@ -130,7 +131,7 @@ def jpeg_cost(folder: Path) -> tuple[float, bool]:
 def read_speeds(root: Path, cache_dir: str, rows: int) -> dict[str, float]:
     """Rows a second with 2 workers, each in its training order, each loader in turn three times; medians."""
     loaders = {
-        "ours": ATLASLarge(root, "joint", 512, 224, cache_dir), "three times": DecodesThreeTimes(root, 512, 224)
+        "ours": ATLASLarge(root, True, 512, 224, cache_dir), "three times": DecodesThreeTimes(root, 512, 224)
     }  # fmt: skip
     speeds = {name: [] for name in loaders}
     for repetition in range(3):

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from atlas_dataset.building import build_dataset
-from atlas_dataset.dataset import HuggingFaceATLAS
+from atlas_dataset.sources import HuggingFaceATLAS
 from atlas_dataset.views import render_texture
 from common.errors import exit_on_user_error
 from common.pictures import image_from_pixels, open_image

@@ -24,6 +24,16 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def local_rank() -> int:
+    """Of this process on its machine: the number of its CUDA device."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def cores() -> int:
+    """This process's share of the machine's cores."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def is_main() -> bool:
     return rank() == 0
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from atlas_dataset.dataset import ProceduralTextures
 from atlas_dataset.views import render_texture
 from common.pictures import image_from_pixels, open_image
 from config.configuration import Render
+from embedded.sources import ProceduralTextures
 from render.rigs import load_rig
 from render.uv_space import texture_pixels
 

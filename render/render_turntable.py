@@ -6,7 +6,6 @@ python render/render_turntable.py --texture outputs --format sheet --pose walkin
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
@@ -73,7 +72,7 @@ def main():
             raise UserError("--frames and --size must be 1 or more, --seed 0 or more")
         work = jobs(args.texture, args.out, args.format)
         rig = load_rig(args.body)
-        body = replace(rig.body, vertices=rig.vertices([rig.named_pose(args.pose, args.seed)])[0])
+        body = rig.posed(rig.named_pose(args.pose, args.seed))
         options = dict(height=height, width=width, background=background)
         for source, target in work:
             image = open_image(source)

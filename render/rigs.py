@@ -5,6 +5,7 @@ Every rig has `body`, the mesh at rest; `sample(rng)`, one pose as plain numbers
 """
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,10 @@ class StillRig:
         """(N, V, 3) for N poses; an empty pose rests."""
         return self.body.vertices.expand(len(poses), -1, -1)
 
+    def posed(self, pose: dict) -> Body:
+        """The body in a pose of `sample` or `named_pose`."""
+        return replace(self.body, vertices=self.vertices([pose])[0])
+
 
 class AnnyRig(StillRig):
     """pose: three angles in degrees for each of poses.JOINTS; shape: Anny's six phenotype axes in [0, 1]."""
@@ -81,6 +86,19 @@ def _plain(pose: dict[str, np.ndarray]) -> dict:
     return {"pose": angles, "shape": [], "gender": ""}
 
 
+SHAPE_COEFFICIENTS = 10  # of an SMPL body at rest; motions bring their own
+
+
+def _resting(betas: list[float]) -> dict:
+    return {"pose": [0.0] * 156, "shape": betas, "gender": "neutral"}
+
+
+def _frame_of(file: Path, rng: np.random.Generator) -> dict:
+    """One frame of an AMASS motion, drawn by rng."""
+    frames, betas, gender = motion(file)
+    return {"pose": frames[rng.integers(len(frames))].tolist(), "shape": betas.tolist(), "gender": gender}
+
+
 class SmplRig(StillRig):
     """pose: (156,) axis-angle, root, body and hands; shape: betas. From AMASS, or at rest with shapes of their own."""
 
@@ -90,19 +108,14 @@ class SmplRig(StillRig):
 
     def sample(self, rng: np.random.Generator) -> dict:
         if self.motions is None:
-            pose, betas, gender = np.zeros(156, np.float32), rng.normal(0, 1, 10).clip(-2, 2), "neutral"
-        else:
-            files = motion_files(self.motions)
-            frames, betas, gender = motion(files[rng.integers(len(files))])
-            pose = frames[rng.integers(len(frames))]
-        return {"pose": pose.tolist(), "shape": [float(beta) for beta in betas], "gender": gender}
+            return _resting(rng.normal(0, 1, SHAPE_COEFFICIENTS).clip(-2, 2).tolist())
+        files = motion_files(self.motions)
+        return _frame_of(files[rng.integers(len(files))], rng)
 
     def named_pose(self, name: str, seed: int) -> dict:
         if name == "rest":
-            return {"pose": [0.0] * 156, "shape": [0.0] * 10, "gender": "neutral"}
-        frames, betas, gender = motion(Path(name))
-        frame = frames[np.random.default_rng(seed).integers(len(frames))]
-        return {"pose": frame.tolist(), "shape": betas.tolist(), "gender": gender}
+            return _resting([0.0] * SHAPE_COEFFICIENTS)
+        return _frame_of(Path(name), np.random.default_rng(seed))
 
     def vertices(self, poses: list[dict]) -> Tensor:
         stacked = (np.array([pose[key] for pose in poses], np.float32) for key in ("pose", "shape"))

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from atlas_dataset.building import build_dataset
-from atlas_dataset.dataset import HuggingFaceATLAS
+from atlas_dataset.sources import HuggingFaceATLAS
 from config.configuration import DEFAULT_CONFIG, load_config
 from embedded.pretrain.stages import MODEL_INDEX, train_tokenizer
 from models.base import load_base

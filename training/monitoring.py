@@ -22,8 +22,9 @@ from models.diffusion import autocast
 from models.generation import condition, generate
 from render.cameras import orbit_cameras
 from render.shading import render_views
-from training.objective import CONDITIONS, RowDraws, batch_losses
+from training.objective import RowDraws, batch_losses
 from training.run import Run
+from training.tasks import CONDITIONS
 
 PEAK_TFLOPS = {  # of bf16 matrix products without sparsity, by the makers' data sheets
     "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "RTX 4090": 165,

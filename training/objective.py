@@ -1,7 +1,6 @@
 """What training minimises: a batch → the losses of its conditions; and the same on held-out rows, with fixed noise."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,12 +11,9 @@ from torch.utils.data import default_collate
 from common import processes
 from models.conditioning import drop_conditions, encode_images, encode_prompts
 from models.diffusion import autocast, encode_posterior, min_snr_weight, sample_posterior, training_target
+from training.run import Run
+from training.tasks import CONDITIONS, LOSS_NAME
 
-if TYPE_CHECKING:
-    from training.run import Run
-
-CONDITIONS = {"t2uv": ("text",), "i2uv": ("image",), "joint": ("text", "image")}
-TASK_NAME = {"text": "t2uv", "image": "i2uv"}
 QUANTILES = 4  # of the timesteps, in validation
 
 
@@ -50,7 +46,7 @@ def row_generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(words[0] >> 1))
 
 
-def batch_losses(run: "Run", batch: dict, draws: RowDraws) -> Iterator[dict[str, Tensor]]:
+def batch_losses(run: Run, batch: dict, draws: RowDraws) -> Iterator[dict[str, Tensor]]:
     """A batch → its losses, "loss/combined" to be differentiated; each dictionary before the next one's forward.
 
     batch: prompt, and texture (B, 3, H, W) in [-1, 1] or its posterior (B, 2, 4, H/8, W/8); for images image
@@ -93,25 +89,25 @@ def batch_losses(run: "Run", batch: dict, draws: RowDraws) -> Iterator[dict[str,
             errors = errors * min_snr_weight(base.noise_scheduler, torch.cat(timesteps), run.cfg.training.min_snr_gamma)
         combined = schedule.gamma * losses["loss/align"] if losses else 0.0
         for kind, part in zip(kinds, errors.chunk(len(kinds))):
-            losses[f"loss/{TASK_NAME[kind]}"] = part.mean()
+            losses[f"loss/{LOSS_NAME[kind]}"] = part.mean()
             combined = combined + weight[kind] * part.mean()
         yield {**losses, "loss/combined": combined}
 
 
-def posterior(run: "Run", batch: dict) -> tuple[Tensor, Tensor]:
+def posterior(run: Run, batch: dict) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each texture's latents, (B, 4, H/8, W/8) each."""
     if "posterior" in batch:
         return batch["posterior"].to(run.base.device).unbind(1)
     return encode_posterior(run.base.vae, batch["texture"].to(run.base.device))
 
 
-def prompt_states(run: "Run", batch: dict) -> Tensor:
+def prompt_states(run: Run, batch: dict) -> Tensor:
     if "text_states" in batch:
         return batch["text_states"].to(run.base.device)
     return encode_prompts(run.base, [run.cfg.model.prompt_template.format(prompt=prompt) for prompt in batch["prompt"]])
 
 
-def picture_states(run: "Run", batch: dict) -> Tensor:
+def picture_states(run: Run, batch: dict) -> Tensor:
     """encoder_hidden_states (B, L, D) of the batch's pictures, float32."""
     if "image_tokens" in batch:
         image_tokens = batch["image_tokens"].to(run.base.device).float()
@@ -121,7 +117,7 @@ def picture_states(run: "Run", batch: dict) -> Tensor:
 
 
 def denoising_errors(
-    run: "Run", latents: Tensor, noise: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor
+    run: Run, latents: Tensor, noise: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor
 ) -> Tensor:
     """Mean squared error of the UNet's prediction in each row, (B,), texels weighted by `run.texel_weight`."""
     unet, noise_scheduler = run.base.unet, run.base.noise_scheduler
@@ -137,7 +133,7 @@ def denoising_errors(
 
 
 @torch.no_grad()
-def validation_losses(run: "Run") -> dict[str, float]:
+def validation_losses(run: Run) -> dict[str, float]:
     """val/t2uv and val/i2uv: the mean error on the held-out rows at the quantiles of the timesteps, with noise that
     depends on the texture alone, so that runs can be compared. Each process takes its share of the rows."""
     conditions, base, rows = CONDITIONS[run.task], run.base, run.validation
@@ -159,4 +155,4 @@ def validation_losses(run: "Run") -> dict[str, float]:
             for place, encoder_hidden_states in enumerate(states, 1):
                 totals[place] += denoising_errors(run, latents, noise, timesteps, encoder_hidden_states).sum()
     processes.mean_over_processes([totals])
-    return {f"val/{TASK_NAME[kind]}": (total / totals[0]).item() for kind, total in zip(conditions, totals[1:])}
+    return {f"val/{LOSS_NAME[kind]}": (total / totals[0]).item() for kind, total in zip(conditions, totals[1:])}

@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from atlas_dataset.building import build_dataset
-from atlas_dataset.dataset import ATLASLarge, ProceduralTextures, fingerprint
+from atlas_dataset.dataset import ATLASLarge
+from atlas_dataset.sources import fingerprint
 from common import processes
 from common.errors import UserError, reason
 from config.configuration import Config, Schedule
+from embedded.sources import is_procedural, open_textures
 from lora_utils import add_lora, add_text_encoder_lora
 from models.base import BaseModel, load_configured_base, pick_device
 from models.conditioning import encode_prompts, make_aligner, picture_size
@@ -25,7 +27,7 @@ from render.bodies import Body
 from render.rigs import load_body
 from render.uv_space import uv_mask
 from training.caching import use_caches
-from training.objective import CONDITIONS
+from training.tasks import CONDITIONS
 
 # Optimisers from packages that are not required: package, class.
 OPTIMIZERS = {
@@ -238,34 +240,39 @@ def make_optimizer(name: str, groups: list[dict], schedule: Schedule) -> torch.o
 
 
 def open_dataset(cfg: Config, task: str, base: BaseModel) -> ATLASLarge:
-    """The configured data set; procedural:COUNT is built into data.cache_dir the first time."""
+    """The configured data set. Raises UserError when it does not fit the base or the task, or cannot be read."""
     datasets.disable_progress_bars()
-    root, cache_dir = Path(cfg.data.dataset), Path(cfg.data.cache_dir)
-    kind, _, count = cfg.data.dataset.partition(":")
-    resolution = cfg.data.resolution or base.native_resolution
+    settings, with_renders = cfg.data, "image" in CONDITIONS[task]
+    resolution = settings.resolution or base.native_resolution
     if resolution % base.vae_scale:
         raise UserError(f"data.resolution {resolution} is not a multiple of {base.vae_scale}")
-    if kind == "procedural":
-        if not count.isdigit() or int(count) == 0:
-            raise UserError(f"data.dataset {cfg.data.dataset!r}: write procedural:COUNT, the number of textures")
-        if cfg.data.body not in (None, "anny"):
-            raise UserError(f"data.body is {cfg.data.body!r}, but procedural textures are painted on anny")
-        views = cfg.data.views_per_texture if cfg.data.views == "stored" else 0
-        size = max(resolution, base.native_resolution)  # the same set where training starts at a smaller resolution
-        source = ProceduralTextures(int(count), size, cfg.training.seed)
-        key = fingerprint(source.fingerprint(), views, size, cfg.data.render.model_dump())
-        root = cache_dir / f"procedural-{count}-{key}"
-        build_dataset(source, "anny", views, root, size, size * 3 // 4, cfg.training.seed, cfg.data.render)
-        processes.wait()
-    dataset = ATLASLarge(root, task, resolution, cache_dir=str(cache_dir / "datasets"))
-    body = cfg.data.body or dataset.body
+    root = Path(settings.dataset)
+    if is_procedural(settings.dataset):
+        # The same set where training starts at a smaller resolution.
+        root = _build_procedural(cfg, max(resolution, base.native_resolution))
+    dataset = ATLASLarge(root, with_renders, resolution, cache_dir=str(Path(settings.cache_dir) / "datasets"))
+    body = settings.body or dataset.body
     if body is None:
-        raise UserError(f"data set {cfg.data.dataset} does not say which body it is for; set data.body")
-    if "image" in CONDITIONS[task]:
-        shape = (4, 3) if cfg.data.views == "online" else dataset.render_shape()
+        raise UserError(f"data set {settings.dataset} does not say which body it is for; set data.body")
+    if with_renders:
+        shape = (4, 3) if settings.views == "online" else dataset.render_shape()
         dataset.image_size = picture_size(base, shape, cfg.model.image_size)
-        if cfg.data.views == "online":
-            dataset.render_online(cfg.data.render, body, cfg.data.views_per_texture, cfg.training.seed)
+        if settings.views == "online":
+            dataset.render_online(settings.render, body, settings.views_per_texture, cfg.training.seed)
         elif dataset.renders is None:
-            raise UserError(f"data set {cfg.data.dataset} holds no renders; set data.views to online")
+            raise UserError(f"data set {settings.dataset} holds no renders; set data.views to online")
     return dataset
+
+
+def _build_procedural(cfg: Config, size: int) -> Path:
+    """Paints and renders a procedural data set into data.cache_dir, unless it is there already → its folder."""
+    settings, seed = cfg.data, cfg.training.seed
+    source = open_textures(settings.dataset, size=size, seed=seed)
+    if settings.body not in (None, source.body):
+        raise UserError(f"data.body is {settings.body!r}, but procedural textures are painted on {source.body}")
+    views = settings.views_per_texture if settings.views == "stored" else 0
+    key = fingerprint(source.fingerprint(), views, size, settings.render.model_dump())
+    root = Path(settings.cache_dir) / f"procedural-{len(source)}-{key}"
+    build_dataset(source, source.body, views, root, size, size * 3 // 4, seed, settings.render)
+    processes.wait()
+    return root

@@ -9,20 +9,22 @@ from PIL import Image
 
 from atlas_dataset.build_atlas_large import main as build_main
 from atlas_dataset.building import build_dataset
-from atlas_dataset.dataset import INFO_FILE, ATLASLarge, HuggingFaceATLAS, ProceduralTextures, read_prompts
+from atlas_dataset.dataset import INFO_FILE, ATLASLarge
+from atlas_dataset.sources import HuggingFaceATLAS, read_prompts
 from atlas_dataset.views import frame_bodies, make_background, render_texture, sample_view
 from common.errors import UserError
 from common.pictures import open_image
 from config.configuration import Render
 from embedded import grammar
 from embedded import painter as procedural
+from embedded.sources import ProceduralTextures
 from render.rigs import load_body, load_rig
 from render.uv_space import fill_outside
 
 
 def test_built_rows_join_texture_prompt_and_render(dataset_dir, textures, tmp_path):
-    rows = ATLASLarge(dataset_dir, "joint", 16, 32, str(tmp_path))
-    assert len(rows) == 12 and len(ATLASLarge(dataset_dir, "t2uv", 16, 32, str(tmp_path))) == 4
+    rows = ATLASLarge(dataset_dir, True, 16, 32, str(tmp_path))
+    assert len(rows) == 12 and len(ATLASLarge(dataset_dir, False, 16, 32, str(tmp_path))) == 4
     row = rows[4]  # the second texture's second view
     assert (
         row["prompt"] == "a man in green" and row["texture"].shape == (3, 16, 16) and row["image"].shape == (3, 32, 32)
@@ -46,7 +48,7 @@ def test_textures_are_stored_once_bit_exact_and_load_without_this_project(datase
 
 
 def test_each_picture_is_decoded_once(dataset_dir, tmp_path, monkeypatch):
-    rows, opened = ATLASLarge(dataset_dir, "joint", 16, 32, str(tmp_path)), []
+    rows, opened = ATLASLarge(dataset_dir, True, 16, 32, str(tmp_path)), []
     monkeypatch.setattr("atlas_dataset.dataset.open_image", lambda *a: opened.append(a) or open_image(*a))
     rows[0]
     assert len(opened) == 2
@@ -62,13 +64,13 @@ def test_the_seeds_layout_works(tmp_path):
     }  # fmt: skip
     features = datasets.Features(image=datasets.Image(), texture=datasets.Image(), prompt=datasets.Value("string"))
     datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "seed")
-    for task in ("t2uv", "i2uv", "joint"):
-        row = ATLASLarge(tmp_path / "seed", task, 16, 32)[1]
+    for with_renders in (False, True):
+        row = ATLASLarge(tmp_path / "seed", with_renders, 16, 32)[1]
         assert row["prompt"] == "a man in blue" and row["texture"][2].min() > 0.9
-        assert ("image" in row) == (task != "t2uv")
+        assert ("image" in row) == with_renders
     datasets.Dataset.from_dict({"prompt": ["a"]}).save_to_disk(tmp_path / "bad")
     with pytest.raises(UserError, match="lacks the columns"):
-        ATLASLarge(tmp_path / "bad", "joint", 16, 32)
+        ATLASLarge(tmp_path / "bad", True, 16, 32)
 
 
 @pytest.mark.parametrize("layout", ["parquet", "disk"])
@@ -107,7 +109,7 @@ def test_building_continues_after_the_last_whole_shard(tmp_path, mesh, textures,
     with pytest.raises(KeyboardInterrupt):
         build_dataset(*arguments, tmp_path / "cut", 32, 24)
     with pytest.raises(UserError, match="not finished"):
-        ATLASLarge(tmp_path / "cut", "joint", 16)
+        ATLASLarge(tmp_path / "cut", True, 16)
     made.clear()
     monkeypatch.setattr(building, "render_texture", lambda *args: made.append(1) or original(*args))
     build_dataset(*arguments, tmp_path / "cut", 32, 24)
@@ -200,7 +202,7 @@ def test_a_bad_texture_is_skipped_and_reported(tmp_path, mesh, textures, run_scr
     assert status == 0 and "1 skipped" in printed
     skipped = json.loads((out / "skipped.json").read_text())
     assert [row["texture_id"] for row in skipped] == [1] and "1.png" in skipped[0]["reason"]
-    rows = ATLASLarge(out, "joint", 16, 32, str(tmp_path / "cache"))
+    rows = ATLASLarge(out, True, 16, 32, str(tmp_path / "cache"))
     assert [rows[index]["prompt"] for index in range(len(rows))] == ["a man in red", "a man in blue", "a man in yellow"]
     status, printed, _ = run_script(build_main, "--verify", "--out", out)
     assert status == 0 and "3 textures and 3 renders" in printed
@@ -246,7 +248,7 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, mesh, textures, m
             build_dataset(source, f"obj:{mesh}", 1, tmp_path / "out", 32, 24)
     assert len(list((tmp_path / "out" / "renders").iterdir())) == 1, "the first shard stays, nothing half-written"
     build_dataset(source, f"obj:{mesh}", 1, tmp_path / "out", 32, 24)
-    assert len(ATLASLarge(tmp_path / "out", "joint", 16, 32, str(tmp_path / "cache"))) == 4
+    assert len(ATLASLarge(tmp_path / "out", True, 16, 32, str(tmp_path / "cache"))) == 4
 
 
 def test_limit_licence_and_push(tmp_path, mesh, textures, run_script, monkeypatch):
@@ -278,7 +280,7 @@ def test_an_epochs_order_keeps_a_textures_renders_near(dataset_dir, tmp_path, mo
     from atlas_dataset import dataset
 
     monkeypatch.setattr(dataset, "TEXTURES_KEPT", 2)
-    rows = ATLASLarge(dataset_dir, "joint", 16, 32, str(tmp_path))
+    rows = ATLASLarge(dataset_dir, True, 16, 32, str(tmp_path))
     orders = [rows.shuffled(np.random.default_rng(seed)).tolist() for seed in range(20)]
     assert all(sorted(order) == list(range(12)) for order in orders) and len(set(map(tuple, orders))) == 20
     for order in orders:
@@ -291,7 +293,7 @@ def test_an_epochs_order_keeps_a_textures_renders_near(dataset_dir, tmp_path, mo
 def test_renders_made_online_are_fresh_each_epoch(tmp_path, mesh, textures):
     source, spec = HuggingFaceATLAS(str(textures), textures / "prompts.txt"), f"obj:{mesh}"
     root = build_dataset(source, spec, 0, tmp_path / "textures only", 32, 24)
-    rows = ATLASLarge(root, "joint", 16, 32, str(tmp_path / "cache"))
+    rows = ATLASLarge(root, True, 16, 32, str(tmp_path / "cache"))
     rows.render_online(Render(), rows.body, 3, seed=0)
     assert len(rows) == 12
     first, again, later = rows[4], rows[4], rows[4 + len(rows)]
@@ -309,7 +311,7 @@ def test_build_command(tmp_path, mesh, textures, run_script):
     status, out, _ = run_script(
         build_main, "--textures", "procedural:2", "--views", 1, "--height", 32, "--width", 24, "--out", tmp_path / "p"
     )
-    assert status == 0 and len(ATLASLarge(tmp_path / "p", "joint", 16, 32, str(tmp_path))) == 2
+    assert status == 0 and len(ATLASLarge(tmp_path / "p", True, 16, 32, str(tmp_path))) == 2
 
 
 @pytest.mark.parametrize(
@@ -352,10 +354,10 @@ def test_build_command_refuses(case, message, tmp_path, mesh, textures, run_scri
 
 def test_unreadable_data_sets(tmp_path):
     with pytest.raises(UserError, match="no data set"):
-        ATLASLarge(tmp_path, "joint", 16)
+        ATLASLarge(tmp_path, True, 16)
     (tmp_path / INFO_FILE).write_text("{")
     with pytest.raises(UserError, match="build it again"):
-        ATLASLarge(tmp_path, "joint", 16)
+        ATLASLarge(tmp_path, True, 16)
 
 
 def test_procedural_textures_wear_what_the_prompt_says():

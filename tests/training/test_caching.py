@@ -10,7 +10,7 @@ from PIL import Image
 from test_training import scalars
 
 from atlas_dataset.building import build_dataset
-from atlas_dataset.dataset import HuggingFaceATLAS
+from atlas_dataset.sources import HuggingFaceATLAS
 from common.errors import UserError
 from joint import main as joint_main
 from training import caching

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_training import scalars
 
 from atlas_dataset.building import TEXTURES_PER_SHARD, build_dataset
-from atlas_dataset.dataset import HuggingFaceATLAS
+from atlas_dataset.sources import HuggingFaceATLAS
 from common.errors import UserError
 from common.files import PROJECT_ROOT
 from training.loop import train
