@@ -4,12 +4,15 @@ python infer_uv.py --prompt "a woman in a green sweater and blue jeans"
 python infer_uv.py --image person.jpg --turntable
 python infer_uv.py --prompt "..." --image person.jpg --img-weight 0.5 --export glb,usdz
 python infer_uv.py --prompts-file prompts.txt --out textures            # goes on where it was stopped
+python infer_uv.py --settings outputs/texture.png --out again.png       # the same texture once more
 """
 
 import argparse
+import itertools
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -24,8 +27,9 @@ from common.pictures import encode_image, open_image, picture_files
 from config.configuration import DEFAULT_CONFIG, dotted_overrides
 from embedded.painter import BODY_REGIONS
 from models.diffusion import SAMPLERS
-from models.generation import check_takes_pictures
+from models.generation import check_takes_pictures, prompt_length
 from models.pipeline import TexturePipeline, read_mask
+from models.settings import MASKED_STRENGTH, GenerationSettings, check_ranges, read_settings
 from render.export import SUFFIXES, export_body
 from render.rigs import load_rig
 from render.turntable import contact_sheet, save_turntable, turntable_frames
@@ -33,6 +37,9 @@ from render.uv_space import texture_pixels
 
 EXPORTS = (*(suffix[1:] for suffix in SUFFIXES), "gif", "mp4", "sheet")
 MANIFEST = "manifest.jsonl"
+ASKED = ("num_inference_steps", "sampler", "guidance_scale", "text_guidance", "image_guidance", "negative_prompt",
+         "img_weight", "eta", "strength", "size", "seam_fix")  # fmt: skip
+REPEATED = ("prompt", "seed", "init_texture", "mask", "checkpoint", "lora", "aligner", "config")  # of --settings
 
 
 @dataclass(frozen=True)
@@ -57,18 +64,20 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         "--text-guidance", type=float, help="with both, instead of --img-weight: how hard the text pulls"
     )
     given.add_argument("--image-guidance", type=float, help="and how hard the image pulls")
+    given.add_argument("--settings", help="a texture's PNG, or what it says as a .json file: made once more, to the "
+                                          "bit; what else is given here is changed")  # fmt: skip
     model = parser.add_argument_group("model")
     model.add_argument("--checkpoint", help="of any known layout (default: your newest one, or the embedded one)")
     model.add_argument("--lora", help="instead of --checkpoint: a LoRA file or a PEFT folder, with --config")
     model.add_argument("--aligner", help="with --lora: the aligner's .safetensors or .pth file")
-    model.add_argument("--config", default=DEFAULT_CONFIG, help="names the base of weights that do not say theirs")
+    model.add_argument("--config", help=f"names the base of weights that do not say theirs (default: {DEFAULT_CONFIG})")
     sampling = parser.add_argument_group("sampling (default: as the checkpoint says)")
-    sampling.add_argument("--steps", type=int, help="denoising steps")
+    sampling.add_argument("--steps", type=int, dest="num_inference_steps", help="denoising steps")
     sampling.add_argument("--guidance-scale", type=float, help="1 is none")
     sampling.add_argument("--negative-prompt", help="what to keep away from")
     sampling.add_argument("--sampler", choices=("auto", *SAMPLERS))
-    sampling.add_argument("--eta", type=float, default=0.0, help="share of fresh noise in DDIM, 0 to 1")
-    sampling.add_argument("--seed", type=int, default=0, help="seed of the first texture; the next ones count up")
+    sampling.add_argument("--eta", type=float, help="share of fresh noise in DDIM, 0 to 1 (default: 0)")
+    sampling.add_argument("--seed", type=int, help="seed of the first texture, the next ones count up (default: 0)")
     sampling.add_argument("--num", type=int, default=1, help="how many textures of each")
     sampling.add_argument("--batch-size", type=int, default=8, help="textures made at once (default: %(default)s)")
     edit = parser.add_argument_group("editing a texture")
@@ -79,8 +88,9 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     edit.add_argument("--mask", help=f"what alone is made anew: {', '.join(BODY_REGIONS)}, or a picture, white there")
     out = parser.add_argument_group("what is written")
     out.add_argument("--out", default="outputs", help="folder, or a .png file for one texture (default: outputs)")
-    out.add_argument("--size", type=int, default=1024, help="side in texels; above the model's own by bicubic")
-    out.add_argument("--seam-fix", action="store_true", help="bring colours on both sides of each UV seam together")
+    out.add_argument("--size", type=int, help="side in texels, above the model's own by bicubic (default: 1024)")
+    out.add_argument("--seam-fix", action=argparse.BooleanOptionalAction,
+                     help="bring colours on both sides of each UV seam together")  # fmt: skip
     out.add_argument("--turntable", action="store_true", help="also a GIF of the turning body: --export gif")
     out.add_argument("--export", default="", help=f"comma-separated, beside each texture: {', '.join(EXPORTS)}")
     out.add_argument("--pose", default="rest", help="of the exported body: rest, standing, walking, ...")
@@ -94,6 +104,8 @@ def check(args: argparse.Namespace) -> None:
         args.prompt = None
     many = args.prompts_file or args.images
     both = (args.prompt or args.prompts_file) and (args.image or args.images)
+    if args.settings and many:
+        raise UserError("--settings repeats one texture: leave out --prompts-file and --images")
     if not (args.prompt or args.image or many):
         raise UserError("nothing to make a texture from: give --prompt, --image or both")
     if (args.prompt and args.prompts_file) or (args.image and args.images) or (args.prompts_file and args.images):
@@ -102,26 +114,19 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.img_weight is not None and not both:
         raise UserError("--img-weight blends a prompt with a picture: give both --prompt and --image")
-    if args.img_weight is not None and not 0 <= args.img_weight <= 1:
-        raise UserError(f"--img-weight {args.img_weight} is outside 0 to 1")
     if args.img_weight is not None and (args.text_guidance is not None or args.image_guidance is not None):
         raise UserError("give --img-weight, or --text-guidance and --image-guidance, not both")
     if args.checkpoint and (args.lora or args.aligner):
         raise UserError("give --checkpoint, or --lora and --aligner, not both")
     if args.aligner and not args.lora:
         raise UserError("--aligner needs --lora; a --checkpoint brings its own aligner")
-    if min(args.num, args.size, args.batch_size) < 1 or (args.steps is not None and args.steps < 1):
-        raise UserError("--num, --steps, --size and --batch-size must be 1 or more")
-    if args.guidance_scale is not None and args.guidance_scale < 1:
-        raise UserError(f"--guidance-scale {args.guidance_scale} is below 1 (1 is no guidance)")
-    if not 0 <= args.eta <= 1:
-        raise UserError(f"--eta {args.eta} is outside 0 to 1")
+    check_ranges(vars(args), lambda name: f"--{name.removeprefix('num_inference_').replace('_', '-')}")
+    if min(args.num, args.batch_size) < 1:
+        raise UserError("--num and --batch-size must be 1 or more")
     if not 0 <= args.seed < 2**62:
         raise UserError(f"--seed {args.seed} is outside 0 to 2**62")
     if (args.strength is not None or args.mask) and not args.init_texture:
         raise UserError("--strength and --mask change a texture: give it with --init-texture")
-    if args.strength is not None and not 0 < args.strength <= 1:
-        raise UserError(f"--strength {args.strength} is outside 0 to 1")
     for name in args.exports:
         if name not in EXPORTS:
             raise UserError(f"--export {name!r} is unknown: use {', '.join(EXPORTS)}")
@@ -129,6 +134,20 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--out names one file but --num asks for more; give a folder")
     if not args.out.endswith(".png") and Path(args.out).is_file():
         raise UserError(f"--out {args.out} is a file; give a folder or a name that ends in .png")
+
+
+def fill_from_settings(args: argparse.Namespace) -> dict:
+    """Takes from --settings what was not given by hand → what that file says; {} without one."""
+    told = read_settings(args.settings) if args.settings else {}
+    if told:
+        if args.lora or args.checkpoint:  # another model: its own files alone
+            told |= dict.fromkeys(("checkpoint", "lora", "aligner"))
+        for name in REPEATED:
+            if getattr(args, name) is None:
+                setattr(args, name, told.get(name))
+        args.image = args.image or told["images"]
+    args.seed = 0 if args.seed is None else args.seed
+    return told
 
 
 def read_prompts_file(path: str) -> list[str]:
@@ -161,109 +180,140 @@ def list_jobs(args: argparse.Namespace) -> list[Job]:
     return jobs
 
 
-def settings_of(args: argparse.Namespace, pipeline: TexturePipeline) -> dict:
-    """What every texture of this call shares, as it is written into the files."""
-    defaults = pipeline.trained.cfg.inference
+def load_pipeline(args: argparse.Namespace, overrides: list[str]) -> TexturePipeline:
+    if processes.world_size() > 1 and torch.cuda.is_available():
+        overrides = [*overrides, f"training.device=cuda:{processes.local_rank()}"]
+    config = args.config or DEFAULT_CONFIG
+    pipeline = TexturePipeline.from_pretrained(args.checkpoint, config, overrides, args.lora, args.aligner)
+    if args.images or args.image:
+        check_takes_pictures(pipeline.trained)
+    if args.exports:
+        load_rig(pipeline.body_spec).named_pose(args.pose, 0)  # fails here, not after the sampling
+    return pipeline
+
+
+def resolve_settings(args: argparse.Namespace, told: dict, pipeline: TexturePipeline) -> GenerationSettings:
+    """The checkpoint's own settings, or those of --settings, changed by what was given by hand."""
+    asked = {name: getattr(args, name) for name in ASKED}
+    if args.mask and asked["strength"] is None and not told:
+        asked["strength"] = MASKED_STRENGTH
+    settings = told.get("settings", pipeline.settings).changed(**asked)
+    if settings.num_inference_steps > pipeline.trained.base.noise_scheduler.config.num_train_timesteps:
+        raise UserError(f"--steps {settings.num_inference_steps} is more than the base's noise schedule has")
+    return settings
+
+
+def describe(args: argparse.Namespace, overrides: list[str], settings: GenerationSettings, pipeline) -> dict:
+    """What every texture of this call shares, as it is written into the files; `read_settings` reads it back."""
     return {
-        "negative_prompt": defaults.negative_prompt if args.negative_prompt is None else args.negative_prompt,
-        "steps": args.steps or defaults.num_inference_steps,
-        "guidance_scale": args.guidance_scale or defaults.guidance_scale, "text_guidance": args.text_guidance,
-        "image_guidance": args.image_guidance, "sampler": args.sampler or defaults.sampler, "eta": args.eta,
-        "img_weight": args.img_weight, "init_texture": args.init_texture, "strength": args.strength, "mask": args.mask,
-        "size": args.size, "seam_fix": args.seam_fix, "checkpoint": pipeline.origin, "body": pipeline.body_spec,
+        **asdict(settings), "init_texture": args.init_texture, "mask": args.mask,
+        "checkpoint": None if args.lora else pipeline.origin, "lora": args.lora, "aligner": args.aligner,
+        "config": args.config, "overrides": overrides, "body": pipeline.body_spec,
         "base": pipeline.trained.cfg.model.pretrained_model,
     }  # fmt: skip
 
 
-def write_texture(job: Job, texture: Image.Image, settings: dict, exports: list[str], pose: str) -> list[Path]:
-    """The PNG with its settings in its text chunks, and what is exported beside it; the PNG last, so that what has one
-    is whole."""
-    written = []
-    if exports:
-        rig = load_rig(settings["body"])
-        posed = rig.named_pose(pose, job.seed)
-        filled = (texture_pixels(texture, texture.width) + 1) / 2
-        for name in exports:
-            path = (
-                job.path.with_suffix(f".{name}")
-                if name != "sheet"
-                else job.path.with_name(f"{job.path.stem}-sheet.png")
-            )
-            if name in ("gif", "mp4", "sheet"):
-                body = rig.body if pose == "rest" else type(rig.body)(
-                    rig.vertices([posed])[0], rig.body.faces, rig.body.uvs, rig.body.uv_faces)  # fmt: skip
-                if name == "sheet":
-                    write_whole(path, encode_image(contact_sheet(body, filled), format="PNG"))
-                else:
-                    save_turntable(turntable_frames(body, filled), path)
-            else:
-                export_body(path, rig, posed, texture)
-            written.append(path)
+def export(job: Job, texture: Image.Image, body_spec: str, exports: list[str], pose: str) -> list[Path]:
+    """Writes the textured body beside job.path in each of the formats."""
+    rig, written = load_rig(body_spec), []
+    sampled = rig.named_pose(pose, job.seed)
+    body, filled = rig.posed(sampled), (texture_pixels(texture, texture.width) + 1) / 2
+    for name in exports:
+        path = job.path.with_suffix(f".{name}")
+        if name == "sheet":
+            path = job.path.with_name(f"{job.path.stem}-sheet.png")
+            write_whole(path, encode_image(contact_sheet(body, filled), format="PNG"))
+        elif name in ("gif", "mp4"):
+            save_turntable(turntable_frames(body, filled), path)
+        else:
+            export_body(path, rig, sampled, texture)
+        written.append(path)
+    return written
+
+
+def write_texture(path: Path, texture: Image.Image, description: dict) -> None:
+    """The PNG with how it was made in its text chunks."""
     chunks = PngInfo()
     chunks.add_text("Software", "TexDreamer Joint")
-    told = {"prompt": job.prompt, "image": job.images[0] if job.images else None, "images": list(job.images)}
-    chunks.add_itxt("parameters", json.dumps({**told, **settings, "seed": job.seed}, ensure_ascii=False))
-    write_whole(job.path, encode_image(texture, format="PNG", pnginfo=chunks))
-    return [job.path, *written]
+    chunks.add_itxt("parameters", json.dumps(description, ensure_ascii=False))
+    write_whole(path, encode_image(texture, format="PNG", pnginfo=chunks))
+
+
+def note(folder: Path, description: dict) -> None:
+    """Adds a line to the manifest; each process has its own, so that no two write to one file."""
+    name = MANIFEST if processes.world_size() == 1 else f"manifest-{processes.rank()}.jsonl"
+    with (folder / name).open("a", encoding="utf-8") as manifest:
+        manifest.write(json.dumps(description, ensure_ascii=False) + "\n")
+
+
+def batches(jobs: list[Job], batch_size: int, pipeline: TexturePipeline) -> Iterator[list[Job]]:
+    """Jobs to be made at once: up to batch_size that follow each other and whose prompts are of one length to the UNet,
+    so that none is padded to another."""
+
+    def length(job: Job) -> int:
+        return prompt_length(pipeline.trained, job.prompt) if job.prompt else 0
+
+    for _, group in itertools.groupby(jobs, length):
+        alike = list(group)
+        yield from (alike[start : start + batch_size] for start in range(0, len(alike), batch_size))
+
+
+def make_batch(
+    group: list[Job], copies: tuple[int, int] | None, pipeline, settings, args, on_step
+) -> list[Image.Image]:
+    """The textures of a group of jobs. copies: (row, rows) that a texture to be repeated had in its batch: how a row's
+    sums are rounded depends on the rows beside it."""
+    row, rows = copies or (0, 1)
+    batch = group * rows if copies else group
+    opened = {paths: [open_image(path) for path in paths] for paths in {job.images for job in group}}
+    init_texture = open_image(args.init_texture) if args.init_texture else None
+    textures = pipeline(
+        [job.prompt for job in batch], [opened[job.images] for job in batch], [job.seed for job in batch],
+        init_texture, read_mask(args.mask), settings, on_step,
+    )  # fmt: skip
+    return [textures[row]] if copies else textures
 
 
 def main():
     with exit_on_user_error():
         args, overrides = parse_args()
+        told = fill_from_settings(args)
+        overrides = [*told.get("overrides", []), *overrides]
         check(args)
         processes.keep_freed_memory()
         jobs = list_jobs(args)
         is_list = bool(args.prompts_file or args.images)
-        if not is_list:
-            for image in args.image or ():
-                open_image(image)
-        init_texture = open_image(args.init_texture) if args.init_texture else None
-        mask = read_mask(args.mask)
-        if processes.world_size() > 1 and torch.cuda.is_available():
-            overrides = [*overrides, f"training.device=cuda:{processes.local_rank()}"]
-        pipeline = TexturePipeline.from_pretrained(args.checkpoint, args.config, overrides, args.lora, args.aligner)
-        if args.images or args.image:
-            check_takes_pictures(pipeline.trained)
-        settings = settings_of(args, pipeline)
-        if settings["steps"] > pipeline.trained.base.noise_scheduler.config.num_train_timesteps:
-            raise UserError(f"--steps {settings['steps']} is more than the base's noise schedule has")
-        if args.exports:
-            load_rig(pipeline.body_spec).named_pose(args.pose, 0)
+        for picture in [*(args.image or ()), *([args.init_texture] if args.init_texture else ())]:
+            open_image(picture)  # fails here, not after the model is loaded
+        read_mask(args.mask)
+        pipeline = load_pipeline(args, overrides)
+        settings = resolve_settings(args, told, pipeline)
+        shared = describe(args, overrides, settings, pipeline)
         check_writable(jobs[0].path.parent)
         mine = jobs[processes.rank() :: processes.world_size()]
         waiting = [job for job in mine if not (is_list and job.path.exists())]
         if len(waiting) < len(mine):
             print(f"{len(mine) - len(waiting)} of {len(mine)} textures are there already")
+        copies = tuple(told["batch"]) if told and len(jobs) == 1 else None
 
         progress = tqdm(total=len(waiting), desc="textures", unit="texture", disable=not is_list)
-        for start in range(0, len(waiting), args.batch_size):
-            group = waiting[start : start + args.batch_size]
-            steps = tqdm(total=settings["steps"], desc="denoising", unit="step", disable=is_list)
-            opened = {paths: [open_image(path) for path in paths] for paths in {job.images for job in group}}
-            textures = pipeline(
-                [job.prompt for job in group], [opened[job.images] for job in group], args.img_weight,
-                args.guidance_scale, args.text_guidance, args.image_guidance, args.negative_prompt, args.steps,
-                [job.seed for job in group], args.sampler, args.eta, init_texture,
-                args.strength or (1.0 if mask else 0.6), mask, args.size, args.seam_fix, steps.update,
-            )  # fmt: skip
+        for group in batches(waiting, args.batch_size, pipeline):
+            steps = tqdm(total=settings.num_inference_steps, desc="denoising", unit="step", disable=is_list)
+            textures = make_batch(group, copies, pipeline, settings, args, steps.update)
             steps.close()
-            for job, texture in zip(group, textures):
-                written = write_texture(job, texture, settings, args.exports, args.pose)
+            for row, (job, texture) in enumerate(zip(group, textures)):
+                exported = export(job, texture, pipeline.body_spec, args.exports, args.pose) if args.exports else []
+                description = {
+                    "file": job.path.name, "prompt": job.prompt, "images": list(job.images), "seed": job.seed,
+                    **shared, "batch": copies or (row, len(group)), "exports": [path.name for path in exported],
+                }  # fmt: skip
+                write_texture(job.path, texture, description)  # last: what has one is whole
                 if is_list:
-                    note(Path(args.out), job, settings, written)
+                    note(Path(args.out), description)
                 else:
-                    print(*written, sep="\n")
+                    print(job.path, *exported, sep="\n")
             progress.update(len(group))
         progress.close()
-
-
-def note(folder: Path, job: Job, settings: dict, written: list[Path]) -> None:
-    """Adds a line to the manifest; each process has its own, so that no two write to one file."""
-    name = MANIFEST if processes.world_size() == 1 else f"manifest-{processes.rank()}.jsonl"
-    line = {"file": job.path.name, "prompt": job.prompt, "images": list(job.images), "seed": job.seed, **settings,
-            "exports": [path.name for path in written[1:]]}  # fmt: skip
-    with (folder / name).open("a", encoding="utf-8") as manifest:
-        manifest.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

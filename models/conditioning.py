@@ -77,16 +77,19 @@ def encode_prompts(base: BaseModel, prompts: list[str]) -> Tensor:
 
 
 @torch.no_grad()
+def prompt_pieces(base: BaseModel, prompt: str) -> list[list[int]]:
+    """A prompt's tokens, cut where the text encoder has no more room; one piece, empty, for an empty prompt."""
+    tokens = base.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+    room = base.context_tokens - 2  # for the two markers
+    return [tokens[start : start + room] for start in range(0, max(1, len(tokens)), room)]
+
+
 def encode_long_prompt(base: BaseModel, prompt: str) -> Tensor:
     """A prompt of any length → encoder_hidden_states (1, n * L, D): what is over the limit goes through the text
     encoder in further pieces of the same length, whose states follow one another in the UNet's context."""
-    tokenizer, room = base.tokenizer, base.context_tokens - 2
-    words = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-    pieces = [words[start : start + room] for start in range(0, max(1, len(words)), room)]
-    padded = [[tokenizer.bos_token_id, *piece, tokenizer.eos_token_id] for piece in pieces]
-    input_ids = torch.tensor([
-        row + [tokenizer.pad_token_id] * (base.context_tokens - len(row)) for row in padded
-    ])  # fmt: skip
+    tokenizer, length = base.tokenizer, base.context_tokens
+    marked = [[tokenizer.bos_token_id, *piece, tokenizer.eos_token_id] for piece in prompt_pieces(base, prompt)]
+    input_ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in marked])
     states = base.text_encoder(input_ids.to(base.device)).last_hidden_state.float()
     return states.flatten(0, 1)[None]
 

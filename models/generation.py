@@ -8,7 +8,15 @@ from torch.nn import functional as F
 from common.errors import UserError
 from common.pictures import image_from_pixels, prepare_image
 from models.checkpoints import TrainedModel
-from models.conditioning import blend, encode_images, encode_long_prompt, encode_prompts, picture_size, same_length
+from models.conditioning import (
+    blend,
+    encode_images,
+    encode_long_prompt,
+    encode_prompts,
+    picture_size,
+    prompt_pieces,
+    same_length,
+)
 from models.diffusion import decode_latents, sample_latents
 from render.rasteriser import Body
 from render.seams import fix_seams
@@ -21,10 +29,19 @@ def check_takes_pictures(trained: TrainedModel) -> None:
         raise UserError("this checkpoint was trained on text alone, it has no aligner; give --prompt, not --image")
 
 
+def templated(trained: TrainedModel, prompt: str) -> str:
+    return trained.cfg.model.prompt_template.format(prompt=prompt)
+
+
 @torch.no_grad()
 def prompt_condition(trained: TrainedModel, prompt: str) -> Tensor:
     """encoder_hidden_states (1, n * L, D) of a prompt of any length, in the checkpoint's template."""
-    return encode_long_prompt(trained.base, trained.cfg.model.prompt_template.format(prompt=prompt))
+    return encode_long_prompt(trained.base, templated(trained, prompt))
+
+
+def prompt_length(trained: TrainedModel, prompt: str) -> int:
+    """n * L of `prompt_condition`, without encoding it."""
+    return len(prompt_pieces(trained.base, templated(trained, prompt))) * trained.base.context_tokens
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from models.conditioning import blend, same_length
 from models.diffusion import autocast, encode_posterior, resolve_precision
 from models.generation import finish_texture, generate_guided, picture_condition, prompt_condition
 from models.interchange import load_any
+from models.settings import MASKED_STRENGTH, GenerationSettings
 from render.rigs import load_body
 from render.uv_space import body_pixels
 
@@ -37,12 +38,17 @@ class TexturePipeline:
         merge_lora(trained.base)
         self.body_spec = trained.cfg.data.body or "anny"
         self.body = load_body(self.body_spec)
+        self.settings = GenerationSettings.of(trained.cfg.inference)
 
     @classmethod
     def from_pretrained(
-        cls, checkpoint: str | Path | None = None, config: str | Path = DEFAULT_CONFIG,
-        overrides: Sequence[str] = (), lora: str | Path | None = None, aligner: str | Path | None = None,
-    ) -> "TexturePipeline":  # fmt: skip
+        cls,
+        checkpoint: str | Path | None = None,
+        config: str | Path = DEFAULT_CONFIG,
+        overrides: Sequence[str] = (),
+        lora: str | Path | None = None,
+        aligner: str | Path | None = None,
+    ) -> "TexturePipeline":
         """A checkpoint of any layout that interchange.py knows; None is the newest of your own, or the embedded one.
 
         config, overrides: name the base for weights that do not say theirs. lora, aligner: two files instead of a
@@ -60,82 +66,89 @@ class TexturePipeline:
         self,
         prompt: str | Sequence[str | None] | None = None,
         images: Sequence[Image.Image] | Sequence[Sequence[Image.Image]] = (),
-        img_weight: float | None = None,
-        guidance_scale: float | None = None,
-        text_guidance: float | None = None,
-        image_guidance: float | None = None,
-        negative_prompt: str | None = None,
-        steps: int | None = None,
         seeds: Sequence[int] = (0,),
-        sampler: str | None = None,
-        eta: float = 0.0,
         init_texture: Image.Image | None = None,
-        strength: float = 1.0,
         mask: str | Image.Image | None = None,
-        size: int = 1024,
-        seam_fix: bool = False,
+        settings: GenerationSettings | None = None,
         on_step: Callable[[], None] = lambda: None,
+        **asked,
     ) -> list[Image.Image]:
         """A texture for each seed: size x size RGBA, alpha the UV mask, colours running on past the islands' edges.
 
         prompt of any length; images: views of one person. A list of prompts, or of lists of images, has one for each
-        seed; all are made at once. With both, img_weight blends them (0 text alone, 1 image alone), or text_guidance
-        and image_guidance pull with a scale each. init_texture is edited: `strength` in (0, 1] of it is made anew,
-        everywhere or where `mask` (a name of BODY_REGIONS, or a picture: white is made anew) says. Larger sizes than
-        the model's own are interpolated (bicubic). None means the checkpoint's own setting.
+        seed; all are made at once. init_texture is edited: `strength` in (0, 1] of it is made anew, everywhere or
+        where `mask` (a name of BODY_REGIONS, or a picture: white is made anew) says. settings: None is the
+        checkpoint's own; asked: fields of GenerationSettings to change (img_weight, guidance_scale, size, ...).
+        Larger sizes than the model's own are interpolated (bicubic). Raises UserError for what does not fit together.
         """
-        trained, settings = self.trained, self.trained.cfg.inference
-        device, seeds = trained.base.device, list(seeds)
-        with autocast(device, resolve_precision(trained.cfg.training.mixed_precision, device)):
-            prompts = [prompt] * len(seeds) if prompt is None or isinstance(prompt, str) else prompt
-            people = [images] * len(seeds) if not images or isinstance(images[0], Image.Image) else images
-            if not len(prompts) == len(people) == len(seeds):
-                raise UserError(f"{len(prompts)} prompts and {len(people)} people for {len(seeds)} seeds")
-            made, rows = {}, []  # each condition is made once, though several seeds have it
-            for words, views in zip(prompts, people):
-                key = (words, *map(id, views))
-                if key not in made:
-                    made[key] = self.conditions(words, views, img_weight, guidance_scale, text_guidance, image_guidance)
-                rows.append(made[key])
-            conditions = [
-                (torch.cat(same_length(*states)), scales[0]) for states, scales in (zip(*part) for part in zip(*rows))
-            ]
-            options = {}
+        if settings is None and mask is not None and asked.get("strength") is None:
+            asked["strength"] = MASKED_STRENGTH
+        settings = (settings or self.settings).changed(**asked)
+        device, seeds = self.trained.base.device, list(seeds)
+        prompts = [prompt] * len(seeds) if prompt is None or isinstance(prompt, str) else prompt
+        people = [images] * len(seeds) if not images or isinstance(images[0], Image.Image) else images
+        if not len(prompts) == len(people) == len(seeds):
+            raise UserError(f"{len(prompts)} prompts and {len(people)} people for {len(seeds)} seeds")
+        with autocast(device, resolve_precision(self.trained.cfg.training.mixed_precision, device)):
+            conditions = self._conditions_of_rows(prompts, people, settings)
+            editing = {}
             if init_texture is not None:
-                options = self._editing(init_texture, strength, mask, len(seeds))
+                editing = self._editing(init_texture, mask, settings.strength, len(seeds))
             textures = generate_guided(
-                trained, conditions, settings.negative_prompt if negative_prompt is None else negative_prompt, seeds,
-                steps or settings.num_inference_steps, sampler=sampler or settings.sampler, eta=eta, on_step=on_step,
-                **options,
-            )  # fmt: skip
-        finished = [finish_texture(texture, self.body, size, seam_fix) for texture in textures]
+                self.trained,
+                conditions,
+                settings.negative_prompt,
+                seeds,
+                settings.num_inference_steps,
+                sampler=settings.sampler,
+                eta=settings.eta,
+                on_step=on_step,
+                **editing,
+            )
+        finished = [finish_texture(texture, self.body, settings.size, settings.seam_fix) for texture in textures]
         if init_texture is None or mask is None:
             return finished
-        kept = init_texture
-        if (kept.mode, kept.size) != ("RGBA", (size, size)):
-            kept = finish_texture(body_pixels(init_texture, self.body, size), self.body, size)
-        share = Image.fromarray((self.mask(mask, size) * 255).byte().numpy())
-        return [Image.composite(texture, kept, share) for texture in finished]
+        return self._composited(finished, init_texture, mask, settings.size)
+
+    def _conditions_of_rows(
+        self, prompts: Sequence[str | None], people: Sequence[Sequence[Image.Image]], settings: GenerationSettings
+    ) -> list[tuple[Tensor, float]]:
+        """The conditions of all rows together: encoder_hidden_states (B, L, D) and guidance scale of each."""
+        encoded, rows = {}, []  # each condition is encoded once, though several seeds have it
+        for prompt, images in zip(prompts, people):
+            key = (prompt, *map(id, images))
+            if key not in encoded:
+                encoded[key] = self.conditions(prompt, images, settings)
+            rows.append(encoded[key])
+        if len({len(conditions) for conditions in rows}) > 1:
+            raise UserError("text and picture that pull with a guidance scale each must both be given for each texture")
+        together = []
+        for conditions in zip(*rows):
+            states, scales = zip(*conditions)
+            if len(set(scales)) > 1:
+                raise UserError("textures from prompts and from pictures alone have other guidance scales; make them "
+                                "apart, or give one --guidance-scale for both")  # fmt: skip
+            together.append((torch.cat(same_length(*states)), scales[0]))
+        return together
 
     def conditions(
-        self, prompt, images, img_weight=None, guidance_scale=None, text_guidance=None, image_guidance=None
+        self, prompt: str | None, images: Sequence[Image.Image], settings: GenerationSettings
     ) -> list[tuple[Tensor, float]]:
         """encoder_hidden_states (1, L, D) and guidance scale of each: one, or two where text and image pull apart."""
-        settings = self.trained.cfg.inference
         text = None if prompt is None else prompt_condition(self.trained, prompt)
         picture = picture_condition(self.trained, list(images)) if images else None
         if text is None and picture is None:
             raise UserError("nothing to make a texture from: give a prompt, pictures or both")
-        scale = guidance_scale or settings.guidance_scale
         if text is None:
-            return [(picture, image_guidance or guidance_scale or settings.image_guidance_scale or scale)]
+            return [(picture, settings.image_guidance or settings.guidance_scale)]
         if picture is None:
-            return [(text, text_guidance or scale)]
-        if text_guidance is not None or image_guidance is not None:
-            return [(text, text_guidance or 0.0), (picture, image_guidance or 0.0)]
-        return [(blend(*same_length(text, picture), 0.5 if img_weight is None else img_weight), scale)]
+            return [(text, settings.text_guidance or settings.guidance_scale)]
+        if settings.img_weight is None:
+            return [(text, settings.text_guidance), (picture, settings.image_guidance)]
+        return [(blend(*same_length(text, picture), settings.img_weight), settings.guidance_scale)]
 
-    def _editing(self, init_texture: Image.Image, strength: float, mask, rows: int) -> dict:
+    def _editing(self, init_texture: Image.Image, mask, strength: float, rows: int) -> dict:
+        """The options of sample_latents that start from a texture, for that many rows."""
         base = self.trained.base
         side = (self.trained.cfg.data.resolution or base.native_resolution) // base.vae_scale
         pixels = body_pixels(init_texture, self.body, side * base.vae_scale)
@@ -146,6 +159,14 @@ class TexturePipeline:
             shares = self.mask(mask, side * base.vae_scale)[None, None]
             options["mask"] = F.max_pool2d(shares, base.vae_scale)[0, 0].to(base.device)
         return options
+
+    def _composited(self, textures: list[Image.Image], init_texture: Image.Image, mask, size: int) -> list[Image.Image]:
+        """The textures where the mask says, the texture they were made from elsewhere, to the bit."""
+        kept = init_texture
+        if (kept.mode, kept.size) != ("RGBA", (size, size)):
+            kept = finish_texture(body_pixels(init_texture, self.body, size), self.body, size)
+        share = Image.fromarray((self.mask(mask, size) * 255).byte().numpy())
+        return [Image.composite(texture, kept, share) for texture in textures]
 
     def mask(self, mask: str | Image.Image, size: int) -> Tensor:
         """A region's name or a picture → (size, size) in [0, 1], 1 where the texture is made anew."""

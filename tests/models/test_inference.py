@@ -38,7 +38,7 @@ def test_texture_from_text(checkpoint, tmp_path, run_script, mesh):
     with Image.open(tmp_path / "o" / "a-man-in-red-4.png") as texture:
         assert texture.mode == "RGBA" and texture.size == (1024, 1024)
         settings = json.loads(texture.text["parameters"])
-        assert settings["prompt"] == "A man, in RED!" and settings["seed"] == 4 and settings["steps"] == 2
+        assert settings["prompt"] == "A man, in RED!" and settings["seed"] == 4 and settings["num_inference_steps"] == 2
     alpha = pixels(tmp_path / "o" / "a-man-in-red-4.png")[..., 3]
     assert np.array_equal(alpha == 255, uv_mask(load_body(f"obj:{mesh}"), 1024).numpy()) and set(np.unique(alpha)) == {
         0,
@@ -100,11 +100,11 @@ def test_newest_checkpoint_or_lora_and_aligner(checkpoint, tmp_path, run_script,
         (["--prompt", "a", "--checkpoint", "nowhere"], "no checkpoint at nowhere"),
         (["--prompt", "a", "--output.out_dir=nowhere"], "no checkpoint under nowhere"),
         (["--prompt", "a", "--img-weight", "0.5"], "give both"),
-        (["--prompt", "a", "--image", "b", "--img-weight", "2"], "outside 0 to 1"),
+        (["--prompt", "a", "--image", "b", "--img-weight", "2"], "--img-weight 2.0: give 0 to 1"),
         (["--prompt", "a", "--checkpoint", "c", "--lora", "d"], "not both"),
         (["--prompt", "a", "--aligner", "d"], "needs --lora"),
-        (["--prompt", "a", "--steps", "0"], "1 or more"),
-        (["--prompt", "a", "--guidance-scale", "0.5"], "below 1"),
+        (["--prompt", "a", "--steps", "0"], "--steps 0: give 1 or more"),
+        (["--prompt", "a", "--guidance-scale", "0.5"], "--guidance-scale 0.5: give 1 or more"),
         (["--prompt", "a", "--num", "2", "--out", "x.png"], "one file"),
         (["--prompt", "a", "--inference.step=3"], "unknown key"),
         (["--prompt", "a", "--lora", "nowhere"], "no LoRA at nowhere"),
@@ -140,3 +140,39 @@ def test_lora_is_used_and_bf16_runs(checkpoint, tmp_path, run_script, base):
     made = {name: pixels(tmp_path / f"{name}.png").astype(int) for name in ("with", "bf16", "without")}
     changed, rounded = (np.abs(made["with"] - made[name]).mean() for name in ("without", "bf16"))
     assert changed > 0.5 and rounded < changed / 2
+
+
+def test_a_texture_repeats_itself_to_the_bit(checkpoint, tmp_path, run_script, textures):
+    (tmp_path / "prompts.txt").write_text("a man in red\na woman in blue\na man in green\n")
+    arguments = ["--prompts-file", tmp_path / "prompts.txt", "--checkpoint", checkpoint, "--out", tmp_path / "list"]
+    assert run_script(infer_main, *arguments, "--sampler", "euler_a", "--guidance-scale", 2, "--seed", 7)[0] == 0
+    second = tmp_path / "list" / "00001-a-woman-in-blue-7.png"
+    status, _, error = run_script(infer_main, "--settings", second, "--out", tmp_path / "again.png")
+    assert status == 0, error
+    assert np.array_equal(pixels(tmp_path / "again.png"), pixels(second))
+
+    line = (tmp_path / "list" / "manifest.jsonl").read_text().splitlines()[1]
+    (tmp_path / "line.json").write_text(line)
+    status, _, error = run_script(infer_main, "--settings", tmp_path / "line.json", "--out", tmp_path / "json.png")
+    assert status == 0, error
+    assert np.array_equal(pixels(tmp_path / "json.png"), pixels(second))
+
+    edited = tmp_path / "edited.png"
+    changes = ["--prompt", "a man", "--image", textures / "1.png", "--init-texture", second,
+               "--mask", textures / "0.png", "--text-guidance", 3, "--image-guidance", 2, "--size", 64, "--seam-fix"]  # fmt: skip
+    assert run_script(infer_main, "--checkpoint", checkpoint, *changes, "--out", edited)[0] == 0
+    assert run_script(infer_main, "--settings", edited, "--out", tmp_path / "edited-again.png")[0] == 0
+    assert np.array_equal(pixels(tmp_path / "edited-again.png"), pixels(edited))
+
+    status, _, error = run_script(infer_main, "--settings", second, "--seed", 8, "--out", tmp_path / "other.png")
+    assert status == 0 and not np.array_equal(pixels(tmp_path / "other.png"), pixels(second)), error
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "no json", '{"num_inference_steps": 0}'])
+def test_settings_that_say_nothing_are_one_line(content, tmp_path, monkeypatch, run_script, textures):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.json").write_text(content)
+    for file in ("settings.json", textures / "1.png", "nowhere.png"):
+        status, _, error = run_script(infer_main, "--settings", file)
+        assert status == 2 and str(file) in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]

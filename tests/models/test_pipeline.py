@@ -112,8 +112,8 @@ def test_long_prompts_are_read_to_their_end(base, pipeline):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_gives_a_seed_its_texture(pipeline, sampler):
-    first, second = pipeline("a man", seeds=[3, 4], sampler=sampler, steps=4, size=64)
-    (again,) = pipeline("a man", seeds=[4], sampler=sampler, steps=4, size=64)
+    first, second = pipeline("a man", seeds=[3, 4], sampler=sampler, num_inference_steps=4, size=64)
+    (again,) = pipeline("a man", seeds=[4], sampler=sampler, num_inference_steps=4, size=64)
     assert np.abs(pixels(again) - pixels(second)).max() <= 1
     assert np.abs(pixels(first) - pixels(second)).max() > 0
 
@@ -125,7 +125,7 @@ def test_editing_keeps_what_is_outside_the_mask(pipeline):
     (edited,) = pipeline("a woman in red", seeds=[9], init_texture=start, mask=mask, size=64)
     assert np.array_equal(pixels(edited)[:, 34:], pixels(start)[:, 34:])
     assert np.abs(pixels(edited)[:, :30] - pixels(start)[:, :30]).max() > 3
-    (little,) = pipeline("a woman in red", seeds=[9], init_texture=start, strength=0.5, steps=2, size=64)
+    (little,) = pipeline("a woman in red", seeds=[9], init_texture=start, strength=0.5, num_inference_steps=2, size=64)
     assert np.abs(pixels(little) - pixels(start)).max() > 0
     with pytest.raises(UserError, match="anny alone"):
         pipeline("a man", init_texture=start, mask="face")

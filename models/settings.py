@@ -1,0 +1,109 @@
+"""How a texture is made: every choice but what it shows, in one place, from the command line to the file and back."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from PIL import Image
+
+from common.errors import UserError, reason
+from config.configuration import Inference
+
+# Least and greatest of what a user may ask for.
+RANGES = {
+    "num_inference_steps": (1, math.inf),
+    "eta": (0, 1),
+    "guidance_scale": (1, math.inf),
+    "text_guidance": (0, math.inf),
+    "image_guidance": (0, math.inf),
+    "img_weight": (0, 1),
+    "strength": (0.01, 1),
+    "size": (1, 16_384),
+}
+MASKED_STRENGTH = 1.0  # what a mask names is made anew altogether, unless a strength is asked for
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """Resolved once, from a checkpoint's configuration and what was asked for; used; and written into the file.
+
+    img_weight: of a picture given with a prompt, 0 text alone to 1 picture alone; None: the two are not blended, but
+    pull with text_guidance and image_guidance. These two are also the scales of a prompt and of a picture that come
+    alone; guidance_scale is the blend's. strength: share of an edited texture that is made anew. size: side in texels.
+    """
+
+    num_inference_steps: int
+    sampler: str
+    guidance_scale: float
+    text_guidance: float
+    image_guidance: float
+    negative_prompt: str
+    img_weight: float | None = 0.5
+    eta: float = 0.0
+    strength: float = 0.6
+    size: int = 1024
+    seam_fix: bool = False
+
+    def __post_init__(self):
+        check_ranges({name: getattr(self, name) for name in RANGES}, str)
+
+    @classmethod
+    def of(cls, inference: Inference) -> "GenerationSettings":
+        """What a checkpoint says of itself."""
+        image_guidance = inference.image_guidance_scale or inference.guidance_scale
+        return cls(
+            inference.num_inference_steps,
+            inference.sampler,
+            inference.guidance_scale,
+            text_guidance=inference.guidance_scale,
+            image_guidance=image_guidance,
+            negative_prompt=inference.negative_prompt,
+        )
+
+    def changed(
+        self,
+        guidance_scale: float | None = None,
+        text_guidance: float | None = None,
+        image_guidance: float | None = None,
+        **asked,
+    ) -> "GenerationSettings":
+        """The same but for what is asked for; None asks for nothing. guidance_scale is for text, picture and blend."""
+        changes = {name: value for name, value in asked.items() if value is not None}
+        if guidance_scale is not None:
+            changes |= dict.fromkeys(("guidance_scale", "text_guidance", "image_guidance"), guidance_scale)
+        if text_guidance is not None or image_guidance is not None:
+            changes |= {"text_guidance": text_guidance or 0.0, "image_guidance": image_guidance or 0.0}
+            changes["img_weight"] = None
+        return replace(self, **changes)
+
+
+def check_ranges(values: dict, called: Callable[[str], str]) -> None:
+    """Raises UserError for a value outside RANGES; None is none. called: a setting's name → what the user calls it."""
+    for name, (least, greatest) in RANGES.items():
+        value = values.get(name)
+        if value is not None and not least <= value <= greatest:
+            limits = f"{least} or more" if greatest == math.inf else f"{least} to {greatest}"
+            raise UserError(f"{called(name)} {value}: give {limits}")
+
+
+def read_settings(path: str | Path) -> dict:
+    """What a texture's PNG, or a line of a manifest as a JSON file, says of how it was made; "settings" holds its
+    GenerationSettings. Raises UserError for a file that does not say it."""
+    path = Path(path)
+    try:
+        if path.suffix.lower() == ".json":
+            told = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            with Image.open(path) as image:
+                told = json.loads(image.text["parameters"])
+        values = {field.name: told.pop(field.name) for field in fields(GenerationSettings)}
+        return {**told, "settings": GenerationSettings(**values)}
+    except (UserError, OSError) as error:
+        raise UserError(f"--settings {path}: {reason(error)}") from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"--settings {path} does not say how it was made ({reason(error)}); give a PNG that infer_uv.py wrote, or "
+            "a line of its manifest as a .json file"
+        ) from None
