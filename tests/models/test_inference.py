@@ -158,8 +158,9 @@ def test_a_texture_repeats_itself_to_the_bit(checkpoint, tmp_path, run_script, t
     assert np.array_equal(pixels(tmp_path / "json.png"), pixels(second))
 
     edited = tmp_path / "edited.png"
-    changes = ["--prompt", "a man", "--image", textures / "1.png", "--init-texture", second,
-               "--mask", textures / "0.png", "--text-guidance", 3, "--image-guidance", 2, "--size", 64, "--seam-fix"]  # fmt: skip
+    picture, mask = textures / "1.png", textures / "0.png"
+    changes = ["--prompt", "a man", "--image", picture, "--init-texture", second, "--mask", mask, "--size", 64]
+    changes += ["--text-guidance", 3, "--image-guidance", 2, "--seam-fix"]
     assert run_script(infer_main, "--checkpoint", checkpoint, *changes, "--out", edited)[0] == 0
     assert run_script(infer_main, "--settings", edited, "--out", tmp_path / "edited-again.png")[0] == 0
     assert np.array_equal(pixels(tmp_path / "edited-again.png"), pixels(edited))
