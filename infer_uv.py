@@ -25,12 +25,12 @@ from common.errors import UserError, exit_on_user_error, reason
 from common.files import check_writable, write_whole
 from common.pictures import encode_image, open_image, picture_files
 from config.configuration import DEFAULT_CONFIG, dotted_overrides
-from embedded.painter import BODY_REGIONS
 from models.diffusion import SAMPLERS
 from models.generation import check_takes_pictures, prompt_length
 from models.pipeline import TexturePipeline, read_mask
 from models.settings import MASKED_STRENGTH, GenerationSettings, check_ranges, read_settings
 from render.export import SUFFIXES, export_body
+from render.regions import BODY_REGIONS
 from render.rigs import load_rig
 from render.turntable import contact_sheet, save_turntable, turntable_frames
 from render.uv_space import texture_pixels

@@ -18,7 +18,6 @@ from render.rasteriser import interpolate, rasterize_uv
 PAINTER = 3  # to be raised when the same outfit and seed are painted differently: data sets are built anew
 # What a texel shows, as numbered in a painting's regions.
 OUTSIDE, SKIN, TOP, BOTTOM, HAIR_REGION, SHOES, DETAIL = range(7)
-BODY_REGIONS = ("face", "hair", "top", "bottom", "arms", "legs", "feet")  # whatever is painted there
 ARM_LENGTH = 0.52  # metres, shoulder to wrist
 WAIST, NECK = 0.95, 1.375  # metres above the ground, as are all heights here
 EYE, MOUTH, BROW = np.array([0.030, 1.515, 0.107], np.float32), 1.447, 1.538
@@ -89,24 +88,6 @@ def body_maps(size: int, layout: int | None = None) -> BodyMaps:
         is_hand=part("wrist", "finger", "metacarpal"), is_foot=part("foot", "toe"),
         is_head=part("head", "neck03"), is_neck=part("neck"), is_eye=part("eye"), is_nail=is_nail,
     )  # fmt: skip
-
-
-def region_mask(name: str, size: int) -> torch.Tensor:
-    """One of BODY_REGIONS in Anny's UV layout and three texels around it → (size, size) of 0 and 1."""
-    maps = body_maps(size)
-    _, y, z = maps.position.T
-    on_torso = (maps.arm < 0) & ~maps.is_head & ~maps.is_hand
-    face = maps.is_head & (z > 0.03) & (y < 1.575)
-    found = {
-        "face": face, "hair": maps.is_head & ~face,
-        "top": (on_torso & (y > 0.86)) | ((maps.arm >= 0) & ~maps.is_hand),  # with its sleeves
-        "arms": (maps.arm >= 0) | maps.is_hand,
-        "bottom": on_torso & (y < 0.99) & (y > 0.45), "legs": on_torso & (y < 0.99) & ~maps.is_foot,
-        "feet": maps.is_foot,
-    }[name]  # fmt: skip
-    mask = np.zeros(maps.mask.shape, np.float32)
-    mask[maps.mask] = found
-    return torch.nn.functional.max_pool2d(torch.from_numpy(mask)[None], 7, stride=1, padding=3)[0]
 
 
 @functools.lru_cache(maxsize=16)

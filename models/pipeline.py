@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from common.errors import UserError
 from common.pictures import open_image, pixels_from_image
 from config.configuration import DEFAULT_CONFIG, load_config
-from embedded.painter import BODY_REGIONS, region_mask
 from lora_utils import merge_lora
 from models.checkpoints import TrainedModel, load_trained, newest_checkpoint
 from models.conditioning import blend, same_length
@@ -26,6 +25,7 @@ from models.diffusion import autocast, encode_posterior, resolve_precision
 from models.generation import finish_texture, generate_guided, picture_condition, prompt_condition
 from models.interchange import load_any
 from models.settings import MASKED_STRENGTH, GenerationSettings
+from render.regions import BODY_REGIONS, region_mask
 from render.rigs import load_body
 from render.uv_space import body_pixels
 
@@ -169,14 +169,13 @@ class TexturePipeline:
         return [Image.composite(texture, kept, share) for texture in textures]
 
     def mask(self, mask: str | Image.Image, size: int) -> Tensor:
-        """A region's name or a picture → (size, size) in [0, 1], 1 where the texture is made anew."""
+        """A region's name or a picture → (size, size) in [0, 1], 1 where the texture is made anew.
+
+        Raises UserError for a region that is unknown or that this body has not.
+        """
         if isinstance(mask, Image.Image):
             return (pixels_from_image(mask.convert("RGB").resize((size, size))).mean(0) + 1) / 2
-        if mask not in BODY_REGIONS:
-            raise UserError(f"unknown region {mask!r}: use {', '.join(BODY_REGIONS)}, or a picture's file")
-        if self.body_spec != "anny":
-            raise UserError(f"regions are known on anny alone, not on {self.body_spec}; give a mask picture")
-        return region_mask(mask, size)
+        return region_mask(self.body, mask, size)
 
 
 def read_mask(mask: str | None) -> str | Image.Image | None:

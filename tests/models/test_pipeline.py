@@ -9,7 +9,6 @@ from PIL import Image
 from test_inference import checkpoint  # noqa: F401  a fixture
 
 from common.errors import UserError
-from embedded.painter import BODY_REGIONS, region_mask
 from infer_uv import TexturePipeline
 from infer_uv import main as infer_main
 from lora_utils import merge_lora
@@ -127,16 +126,19 @@ def test_editing_keeps_what_is_outside_the_mask(pipeline):
     assert np.abs(pixels(edited)[:, :30] - pixels(start)[:, :30]).max() > 3
     (little,) = pipeline("a woman in red", seeds=[9], init_texture=start, strength=0.5, num_inference_steps=2, size=64)
     assert np.abs(pixels(little) - pixels(start)).max() > 0
-    with pytest.raises(UserError, match="anny alone"):
-        pipeline("a man", init_texture=start, mask="face")
 
 
-def test_regions_cover_annys_texture():
-    masks = {name: region_mask(name, 128) for name in BODY_REGIONS}
-    together = torch.stack([*masks.values()]).amax(0)
-    assert together[uv_mask(load_anny_body(), 128)].mean() > 0.98
-    assert all(0.002 < mask.mean() < 0.6 for mask in masks.values())
-    assert (masks["face"] * masks["feet"]).sum() == 0
+def test_a_region_alone_is_made_anew(pipeline):
+    (start,) = pipeline("a man", size=64)
+    (edited,) = pipeline("a woman in red", seeds=[9], init_texture=start, mask="feet", size=64)
+    is_kept = pipeline.mask("feet", 64).numpy() == 0
+    assert 0.5 < is_kept.mean() < 1
+    assert np.array_equal(pixels(edited)[is_kept], pixels(start)[is_kept])
+    assert np.abs(pixels(edited) - pixels(start))[~is_kept].max() > 3
+    with pytest.raises(UserError, match="no texels for the region 'face'"):
+        pipeline("a man", init_texture=start, mask="face")  # the body is a box
+    with pytest.raises(UserError, match="unknown region 'nose'"):
+        pipeline("a man", init_texture=start, mask="nose")
 
 
 def test_seams_are_found_and_mended():
