@@ -10,8 +10,10 @@ python infer_uv.py --settings outputs/texture.png --out again.png       # the sa
 import argparse
 import itertools
 import json
+import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,14 +23,15 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from common import processes
-from common.errors import UserError, exit_on_user_error, reason
-from common.files import check_writable, write_whole
+from common.errors import INCOMPLETE, UserError, exit_on_user_error
+from common.files import check_writable, content_hash, write_whole
 from common.pictures import encode_image, open_image, picture_files
+from common.text import read_lines
 from config.configuration import DEFAULT_CONFIG, dotted_overrides
 from models.diffusion import SAMPLERS
 from models.generation import check_takes_pictures, prompt_length
-from models.pipeline import TexturePipeline, read_mask
-from models.settings import MASKED_STRENGTH, GenerationSettings, check_ranges, read_settings
+from models.pipeline import TexturePipeline, read_mask, weights_hash
+from models.settings import MASKED_STRENGTH, GenerationSettings, check_ranges, read_description, read_settings
 from render.export import SUFFIXES, export_body
 from render.regions import BODY_REGIONS
 from render.rigs import load_rig
@@ -50,6 +53,20 @@ class Job:
     images: tuple[str, ...]
     seed: int
     path: Path
+
+
+@dataclass(frozen=True)
+class Call:
+    """What all textures of one call of this command share."""
+
+    pipeline: TexturePipeline
+    settings: GenerationSettings
+    init_texture: Image.Image | None
+    mask: str | Image.Image | None
+    description: dict
+    exports: list[str]
+    pose: str
+    is_list: bool
 
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
@@ -151,13 +168,25 @@ def fill_from_settings(args: argparse.Namespace) -> dict:
 
 
 def read_prompts_file(path: str) -> list[str]:
-    try:
-        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {reason(error)}; give a text file with a prompt a line") from None
-    if not any(prompts):
+    prompts = [line for _, line in read_lines(path)]
+    if not prompts:
         raise UserError(f"{path} holds no prompts; write one a line")
-    return [prompt for prompt in prompts if prompt]
+    return prompts
+
+
+def file_name(text: str) -> str:
+    """What a text may be called as a file. Where letters are lost, its hash stands for them, so that no two texts
+    have one name."""
+    words = " ".join(text.split())
+    name = re.sub(r"\W+", "-", words)[:60].strip("-")
+    return name if name.replace("-", " ") == words else f"{name}-{content_hash(text.encode())[:8]}".lstrip("-")
+
+
+def picture_name(images: tuple[str, ...]) -> str:
+    """Of one picture its name and kind; of several views their number and hash too."""
+    first = Path(images[0])
+    name = f"{file_name(first.stem)}-{first.suffix[1:]}"
+    return name if len(images) == 1 else f"{name}-{len(images)}-{content_hash(*map(str.encode, images))[:8]}"
 
 
 def list_jobs(args: argparse.Namespace) -> list[Job]:
@@ -165,18 +194,17 @@ def list_jobs(args: argparse.Namespace) -> list[Job]:
     same when a list is run again."""
     prompts = read_prompts_file(args.prompts_file) if args.prompts_file else [args.prompt]
     pictures = [(str(path),) for path in picture_files(args.images)] if args.images else [tuple(args.image or ())]
-    jobs, numbered = [], args.prompts_file is not None
-    for number, prompt in enumerate(prompts):
-        for images in pictures:
-            stem = re.sub(r"[^a-z0-9]+", "-", (prompt or Path(images[0]).stem).lower()).strip("-")[:60].strip("-")
-            stem = f"{number:05d}-{stem}" if numbered else stem or "texture"
-            if prompt and images:
-                stem = f"{stem}-with-{Path(images[0]).stem}"
-            elif args.images:
-                stem = Path(images[0]).name.replace(".", "-")
-            for seed in range(args.seed, args.seed + args.num):
-                path = Path(args.out) if args.out.endswith(".png") else Path(args.out) / f"{stem}-{seed}.png"
-                jobs.append(Job(prompt, images, seed, path))
+    jobs = []
+    for (number, prompt), images in itertools.product(enumerate(prompts), pictures):
+        names = [f"{number:05d}"] if args.prompts_file else []
+        names += [file_name(prompt.lower())] if prompt else []
+        names += ["with"] if prompt and images else []
+        names += [picture_name(images)] if images else []
+        for seed in range(args.seed, args.seed + args.num):
+            path = Path(args.out)
+            if path.suffix != ".png":
+                path /= f"{'-'.join([*names, str(seed)])}.png"
+            jobs.append(Job(prompt, images, seed, path))
     return jobs
 
 
@@ -206,29 +234,56 @@ def resolve_settings(args: argparse.Namespace, told: dict, pipeline: TexturePipe
 def describe(args: argparse.Namespace, overrides: list[str], settings: GenerationSettings, pipeline) -> dict:
     """What every texture of this call shares, as it is written into the files; `read_settings` reads it back."""
     return {
-        **asdict(settings), "init_texture": args.init_texture, "mask": args.mask,
-        "checkpoint": None if args.lora else pipeline.origin, "lora": args.lora, "aligner": args.aligner,
-        "config": args.config, "overrides": overrides, "body": pipeline.body_spec,
+        **asdict(settings),
+        "init_texture": args.init_texture,
+        "mask": args.mask,
+        "edited": files_hash([name for name in (args.init_texture, args.mask) if name not in (None, *BODY_REGIONS)]),
+        "checkpoint": None if args.lora else pipeline.origin,
+        "weights": weights_hash(args.lora or pipeline.origin),
+        "lora": args.lora,
+        "aligner": args.aligner,
+        "config": args.config,
+        "overrides": overrides,
+        "body": pipeline.body_spec,
         "base": pipeline.trained.cfg.model.pretrained_model,
-    }  # fmt: skip
+    }
+
+
+def files_hash(paths: Sequence[str]) -> str:
+    """Of the files' contents; of one that cannot be read, of nothing: it is skipped later."""
+    return content_hash(*(Path(path).read_bytes() if os.access(path, os.R_OK) else b"" for path in paths))
+
+
+def export_names(job: Job, exports: list[str]) -> dict[str, Path]:
+    """Format → the file beside the texture."""
+    sheet = job.path.with_name(f"{job.path.stem}-sheet.png")
+    return {name: sheet if name == "sheet" else job.path.with_name(f"{job.path.stem}.{name}") for name in exports}
+
+
+def is_done(job: Job, description: dict, exports: list[str]) -> bool:
+    """Whether the texture is there, says that it was made so and not otherwise, and has its exports beside it."""
+    if not all(path.exists() for path in (job.path, *export_names(job, exports).values())):
+        return False
+    try:
+        told = read_description(job.path)
+    except (UserError, OSError, ValueError, KeyError, AttributeError):  # another program's picture, or half of one
+        return False
+    return all(told.get(key) == value for key, value in description.items())
 
 
 def export(job: Job, texture: Image.Image, body_spec: str, exports: list[str], pose: str) -> list[Path]:
     """Writes the textured body beside job.path in each of the formats."""
-    rig, written = load_rig(body_spec), []
+    rig, files = load_rig(body_spec), export_names(job, exports)
     sampled = rig.named_pose(pose, job.seed)
     body, filled = rig.posed(sampled), (texture_pixels(texture, texture.width) + 1) / 2
-    for name in exports:
-        path = job.path.with_suffix(f".{name}")
+    for name, path in files.items():
         if name == "sheet":
-            path = job.path.with_name(f"{job.path.stem}-sheet.png")
             write_whole(path, encode_image(contact_sheet(body, filled), format="PNG"))
         elif name in ("gif", "mp4"):
             save_turntable(turntable_frames(body, filled), path)
         else:
             export_body(path, rig, sampled, texture)
-        written.append(path)
-    return written
+    return list(files.values())
 
 
 def write_texture(path: Path, texture: Image.Image, description: dict) -> None:
@@ -259,19 +314,79 @@ def batches(jobs: list[Job], batch_size: int, pipeline: TexturePipeline) -> Iter
 
 
 def make_batch(
-    group: list[Job], copies: tuple[int, int] | None, pipeline, settings, args, on_step
+    jobs: list[Job], opened: dict[str, Image.Image], copies: tuple[int, int] | None, call: Call, on_step
 ) -> list[Image.Image]:
-    """The textures of a group of jobs. copies: (row, rows) that a texture to be repeated had in its batch: how a row's
-    sums are rounded depends on the rows beside it."""
+    """The textures of some jobs. opened: path → picture. copies: (row, rows) that a texture to be repeated had in its
+    batch: how a row's sums are rounded depends on the rows beside it."""
     row, rows = copies or (0, 1)
-    batch = group * rows if copies else group
-    opened = {paths: [open_image(path) for path in paths] for paths in {job.images for job in group}}
-    init_texture = open_image(args.init_texture) if args.init_texture else None
-    textures = pipeline(
-        [job.prompt for job in batch], [opened[job.images] for job in batch], [job.seed for job in batch],
-        init_texture, read_mask(args.mask), settings, on_step,
-    )  # fmt: skip
+    batch = jobs * rows if copies else jobs
+    textures = call.pipeline(
+        [job.prompt for job in batch],
+        [[opened[path] for path in job.images] for job in batch],
+        [job.seed for job in batch],
+        call.init_texture,
+        call.mask,
+        call.settings,
+        on_step,
+    )
     return [textures[row]] if copies else textures
+
+
+def described(job: Job, call: Call) -> dict:
+    """How a job's texture is made: equal for two that are the same."""
+    return {
+        "prompt": job.prompt,
+        "images": list(job.images),
+        "pictures": files_hash(job.images),
+        "seed": job.seed,
+        **call.description,
+    }
+
+
+def open_pictures(jobs: list[Job]) -> tuple[list[Job], dict[str, Image.Image], list[str]]:
+    """The jobs whose pictures can be read, path → picture, and what is wrong with the others'."""
+    opened, damaged = {}, {}
+    for path in {path for job in jobs for path in job.images}:
+        try:
+            opened[path] = open_image(path)
+        except UserError as error:
+            damaged[path] = str(error)
+    usable = [job for job in jobs if not damaged.keys() & set(job.images)]
+    return usable, opened, list(damaged.values())
+
+
+def make_all(jobs: list[Job], call: Call, copies: tuple[int, int] | None, batch_size: int) -> list[str]:
+    """Makes and writes the textures → what is wrong with the pictures that were left out."""
+    skipped = []
+    progress = tqdm(total=len(jobs), desc="textures", unit="texture", disable=not call.is_list)
+    for group in batches(jobs, batch_size, call.pipeline):
+        usable, opened, damaged = open_pictures(group)
+        skipped += damaged
+        for message in damaged:
+            progress.write(f"skipped: {message}", file=sys.stderr)
+        if usable:
+            steps = tqdm(total=call.settings.num_inference_steps, desc="denoising", unit="step", disable=call.is_list)
+            textures = make_batch(usable, opened, copies, call, steps.update)
+            steps.close()
+            for row, (job, texture) in enumerate(zip(usable, textures)):
+                finish(job, texture, copies or (row, len(usable)), call)
+        progress.update(len(group))
+    progress.close()
+    return skipped
+
+
+def finish(job: Job, texture: Image.Image, batch: tuple[int, int], call: Call) -> None:
+    """Writes a texture and what is exported with it."""
+    exported = []
+    if call.exports:
+        exported = export(job, texture, call.pipeline.body_spec, call.exports, call.pose)
+    description = described(job, call) | {"batch": batch}
+    write_texture(job.path, texture, description)  # last: what has one is whole
+    if call.is_list:
+        names = {"file": job.path.name, "exports": [path.name for path in exported]}
+        note(job.path.parent, names | description)
+    else:
+        print(job.path, *exported, sep="\n")
 
 
 def main():
@@ -282,38 +397,32 @@ def main():
         check(args)
         processes.keep_freed_memory()
         jobs = list_jobs(args)
-        is_list = bool(args.prompts_file or args.images)
-        for picture in [*(args.image or ()), *([args.init_texture] if args.init_texture else ())]:
+        for picture in args.image or ():
             open_image(picture)  # fails here, not after the model is loaded
-        read_mask(args.mask)
+        init_texture, mask = open_image(args.init_texture) if args.init_texture else None, read_mask(args.mask)
         pipeline = load_pipeline(args, overrides)
         settings = resolve_settings(args, told, pipeline)
-        shared = describe(args, overrides, settings, pipeline)
+        description = describe(args, overrides, settings, pipeline)
+        is_list = bool(args.prompts_file or args.images)
+        call = Call(pipeline, settings, init_texture, mask, description, args.exports, args.pose, is_list)
         check_writable(jobs[0].path.parent)
         mine = jobs[processes.rank() :: processes.world_size()]
-        waiting = [job for job in mine if not (is_list and job.path.exists())]
-        if len(waiting) < len(mine):
-            print(f"{len(mine) - len(waiting)} of {len(mine)} textures are there already")
+        waiting = [job for job in mine if not (is_list and is_done(job, described(job, call), args.exports))]
+        if is_list:
+            report_done(mine, waiting)
         copies = tuple(told["batch"]) if told and len(jobs) == 1 else None
+        skipped = make_all(waiting, call, copies, args.batch_size)
+        if skipped:
+            print(f"{len(skipped)} pictures could not be read and were left out", file=sys.stderr)
+            sys.exit(INCOMPLETE)
 
-        progress = tqdm(total=len(waiting), desc="textures", unit="texture", disable=not is_list)
-        for group in batches(waiting, args.batch_size, pipeline):
-            steps = tqdm(total=settings.num_inference_steps, desc="denoising", unit="step", disable=is_list)
-            textures = make_batch(group, copies, pipeline, settings, args, steps.update)
-            steps.close()
-            for row, (job, texture) in enumerate(zip(group, textures)):
-                exported = export(job, texture, pipeline.body_spec, args.exports, args.pose) if args.exports else []
-                description = {
-                    "file": job.path.name, "prompt": job.prompt, "images": list(job.images), "seed": job.seed,
-                    **shared, "batch": copies or (row, len(group)), "exports": [path.name for path in exported],
-                }  # fmt: skip
-                write_texture(job.path, texture, description)  # last: what has one is whole
-                if is_list:
-                    note(Path(args.out), description)
-                else:
-                    print(job.path, *exported, sep="\n")
-            progress.update(len(group))
-        progress.close()
+
+def report_done(jobs: list[Job], waiting: list[Job]) -> None:
+    otherwise = sum(job.path.exists() for job in waiting)
+    if len(waiting) < len(jobs):
+        print(f"{len(jobs) - len(waiting)} of {len(jobs)} textures are there already")
+    if otherwise:
+        print(f"{otherwise} of {len(jobs)} textures were made otherwise, or not to the end, and are made anew")
 
 
 if __name__ == "__main__":

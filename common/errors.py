@@ -3,6 +3,7 @@
 import contextlib
 import sys
 
+INCOMPLETE = 3  # exit status of a command that left out what it could not read, and did everything else
 STOPPED = 75  # exit status of a run that was asked to stop, saved, and can go on
 
 

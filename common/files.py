@@ -1,6 +1,7 @@
 """Writing to disk, whole files or none, and from there to the hub."""
 
 import contextlib
+import hashlib
 import os
 import socket
 from pathlib import Path
@@ -15,6 +16,14 @@ MOVED = {"embedded_base": "embedded/base", "embedded_checkpoint": "embedded/chec
 def current_name(name: str) -> str:
     """Where MOVED says that `name` lies today, unless there is something of that name."""
     return MOVED[name] if name in MOVED and not Path(name).exists() else name
+
+
+def content_hash(*contents: bytes) -> str:
+    """A short hash of the contents in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for content in contents:
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
 
 
 def check_writable(path: str | os.PathLike) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.errors import UserError
+from common.files import content_hash
 from common.pictures import open_image, pixels_from_image
 from config.configuration import DEFAULT_CONFIG, load_config
 from lora_utils import merge_lora
@@ -28,6 +29,8 @@ from models.settings import MASKED_STRENGTH, GenerationSettings
 from render.regions import BODY_REGIONS, region_mask
 from render.rigs import load_body
 from render.uv_space import body_pixels
+
+LARGEST_HASHED = 1 << 30  # bytes
 
 
 class TexturePipeline:
@@ -181,3 +184,13 @@ class TexturePipeline:
 def read_mask(mask: str | None) -> str | Image.Image | None:
     """What --mask names: a region stays a name, anything else is a picture's file."""
     return mask if mask is None or mask in BODY_REGIONS else open_image(mask)
+
+
+def weights_hash(checkpoint: str | Path) -> str:
+    """A short hash of the weights in a checkpoint's folder, or in one file; of large ones, of their sizes."""
+    path = Path(checkpoint)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    weights = [file for file in files if file.suffix in (".safetensors", ".bin", ".pth")]
+    sizes = {file: file.stat().st_size for file in weights}
+    small = [file.read_bytes() for file in weights if sizes[file] < LARGEST_HASHED]
+    return content_hash(str([*sizes.values()]).encode(), *small)[:16]

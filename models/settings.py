@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from common.errors import UserError, reason
+from common.text import read_text
 from config.configuration import Inference
 
 # Least and greatest of what a user may ask for.
@@ -88,16 +89,19 @@ def check_ranges(values: dict, called: Callable[[str], str]) -> None:
             raise UserError(f"{called(name)} {value}: give {limits}")
 
 
+def read_description(path: Path) -> dict:
+    """What a texture's PNG, or a line of a manifest as a JSON file, says of how it was made."""
+    if path.suffix.lower() == ".json":
+        return json.loads(read_text(path))
+    with Image.open(path) as image:
+        return json.loads(image.text["parameters"])
+
+
 def read_settings(path: str | Path) -> dict:
-    """What a texture's PNG, or a line of a manifest as a JSON file, says of how it was made; "settings" holds its
-    GenerationSettings. Raises UserError for a file that does not say it."""
-    path = Path(path)
+    """The same with "settings" for all that belongs to GenerationSettings. Raises UserError for a file that does not
+    say how it was made."""
     try:
-        if path.suffix.lower() == ".json":
-            told = json.loads(path.read_text(encoding="utf-8"))
-        else:
-            with Image.open(path) as image:
-                told = json.loads(image.text["parameters"])
+        told = read_description(Path(path))
         values = {field.name: told.pop(field.name) for field in fields(GenerationSettings)}
         return {**told, "settings": GenerationSettings(**values)}
     except (UserError, OSError) as error:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common.errors import INCOMPLETE
 from infer_uv import main as infer_main
 from lora_utils import add_lora, lora_parameters, save_lora
 from models.checkpoints import save_checkpoint
@@ -30,7 +31,7 @@ def pixels(path):
 
 def test_texture_from_text(checkpoint, tmp_path, run_script, mesh):
     status, out, error = run_script(
-        infer_main, "--prompt", "A man, in RED!", "--checkpoint", checkpoint, "--out", tmp_path / "o", "--num", 2,
+        infer_main, "--prompt", "A man in RED", "--checkpoint", checkpoint, "--out", tmp_path / "o", "--num", 2,
         "--seed", 4,
     )  # fmt: skip
     assert status == 0, error
@@ -38,7 +39,7 @@ def test_texture_from_text(checkpoint, tmp_path, run_script, mesh):
     with Image.open(tmp_path / "o" / "a-man-in-red-4.png") as texture:
         assert texture.mode == "RGBA" and texture.size == (1024, 1024)
         settings = json.loads(texture.text["parameters"])
-        assert settings["prompt"] == "A man, in RED!" and settings["seed"] == 4 and settings["num_inference_steps"] == 2
+        assert settings["prompt"] == "A man in RED" and settings["seed"] == 4 and settings["num_inference_steps"] == 2
     alpha = pixels(tmp_path / "o" / "a-man-in-red-4.png")[..., 3]
     assert np.array_equal(alpha == 255, uv_mask(load_body(f"obj:{mesh}"), 1024).numpy()) and set(np.unique(alpha)) == {
         0,
@@ -46,7 +47,7 @@ def test_texture_from_text(checkpoint, tmp_path, run_script, mesh):
     }
     assert not np.array_equal(*(pixels(tmp_path / "o" / f"a-man-in-red-{seed}.png") for seed in (4, 5)))
 
-    arguments = ["--prompt", "A man, in RED!", "--checkpoint", checkpoint, "--out", tmp_path / "again.png", "--seed", 5]
+    arguments = ["--prompt", "A man in RED", "--checkpoint", checkpoint, "--out", tmp_path / "again.png", "--seed", 5]
     status, out, _ = run_script(infer_main, *arguments, "--turntable")
     assert status == 0 and out.split() == [str(tmp_path / "again.png"), str(tmp_path / "again.gif")]
     with Image.open(tmp_path / "again.gif") as turntable:
@@ -177,3 +178,82 @@ def test_settings_that_say_nothing_are_one_line(content, tmp_path, monkeypatch, 
         status, _, error = run_script(infer_main, "--settings", file)
         assert status == 2 and str(file) in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+
+
+def test_no_two_inputs_have_one_name(checkpoint, tmp_path, run_script, textures):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("anna.png", "anna.jpg", "a.b.png", "a-b.png", "ä b.png"):
+        Image.open(textures / "1.png").convert("RGB").save(folder / name)
+    alike = "a man in a long coat, " * 4
+    for arguments, count in (
+        (["--images", folder], 5),
+        (["--images", folder, "--prompt", "a man"], 5),
+        (["--prompt", "一个穿红衬衫的男人"], 1),
+        (["--prompt", "мужчина в красной рубашке"], 1),
+        (["--prompt", alike + "red"], 1),
+        (["--prompt", alike + "blue"], 1),
+        (["--prompt", "a man, in red"], 1),
+        (["--prompt", "a man in red"], 1),
+    ):
+        before = len(list((tmp_path / "o").glob("*.png")))
+        status, _, error = run_script(
+            infer_main, *arguments, "--checkpoint", checkpoint, "--out", tmp_path / "o", "--size", 16
+        )
+        assert status == 0, error
+        assert len(list((tmp_path / "o").glob("*.png"))) == before + count, arguments
+
+
+def test_what_is_there_is_taken_only_for_what_it_is(checkpoint, tmp_path, run_script, textures, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a man in red\na woman in blue\n")
+    out = tmp_path / "o"
+    arguments = ["--prompts-file", tmp_path / "prompts.txt", "--checkpoint", checkpoint, "--out", out, "--size", 16]
+    assert run_script(infer_main, *arguments)[0] == 0
+    first = out / "00000-a-man-in-red-0.png"
+    before = pixels(first)
+    assert "2 of 2 textures are there already" in run_script(infer_main, *arguments)[1]
+
+    status, printed, _ = run_script(infer_main, *arguments, "--guidance-scale", 9)
+    assert status == 0 and "2 of 2 textures were made otherwise" in printed
+    assert not np.array_equal(pixels(first), before)
+
+    Image.new("RGB", (16, 16)).save(first)  # as the picture of an OBJ that was written before the texture
+    status, printed, _ = run_script(infer_main, *arguments, "--guidance-scale", 9)
+    assert status == 0 and "1 of 2 textures are there already" in printed and pixels(first).shape[-1] == 4
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("infer_uv.write_texture", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_script(infer_main, *arguments, "--export", "obj,sheet")
+    status, printed, _ = run_script(infer_main, *arguments, "--export", "obj,sheet")
+    assert status == 0 and "already" not in printed
+    with Image.open(first) as texture:
+        assert texture.mode == "RGBA" and "parameters" in texture.text
+    (out / "00000-a-man-in-red-0.obj").unlink()
+    assert "1 of 2 textures are there already" in run_script(infer_main, *arguments, "--export", "obj,sheet")[1]
+
+
+def test_an_edited_picture_is_another_input(checkpoint, tmp_path, run_script, textures):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.open(textures / "1.png").save(folder / "1.png")
+    arguments = ["--images", folder, "--checkpoint", checkpoint, "--out", tmp_path / "o", "--size", 16]
+    assert run_script(infer_main, *arguments)[0] == 0
+    Image.open(textures / "2.png").save(folder / "1.png")
+    assert "1 of 1 textures were made otherwise" in run_script(infer_main, *arguments)[1]
+
+
+def test_a_damaged_picture_is_left_out_and_counted(checkpoint, tmp_path, run_script, textures):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("1.png", "3.png"):
+        Image.open(textures / name).save(folder / name)
+    (folder / "2.png").write_bytes((textures / "2.png").read_bytes()[:60])
+    status, _, error = run_script(
+        infer_main, "--images", folder, "--checkpoint", checkpoint, "--out", tmp_path / "o", "--size", 16
+    )
+    assert status == INCOMPLETE and str(folder / "2.png") in error and "1 pictures could not be read" in error
+    assert sorted(path.name for path in (tmp_path / "o").glob("*.png")) == ["1-png-0.png", "3-png-0.png"]
