@@ -1,6 +1,7 @@
 """The rooms and who may call whom: imports go down the floors only, and no two rooms import each other."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -95,3 +96,17 @@ def test_rank_and_world_size_are_read_in_one_place():
         ):
             text = (PROJECT_ROOT / file).read_text()
             assert not any(name in text for name in ('"RANK"', "WORLD_SIZE", "LOCAL_RANK")), file
+
+
+def test_the_tour_names_what_is_there():
+    """Each `file.py` of docs/tour.md exists, and the names after it, up to the next file, are defined there."""
+    file, checked = "", 0
+    for word in re.findall(r"`([^`\s]+)`", (PROJECT_ROOT / "docs" / "tour.md").read_text()):
+        if word.endswith(".py"):
+            file = word
+        elif file and re.match(r"[A-Za-z_.]+($|[\[(])", word):
+            source = (PROJECT_ROOT / file).read_text()
+            for name in re.split(r"[\[(]", word)[0].split("."):
+                assert re.search(rf"^ *(def|class) {name}\b|^{name} = ", source, re.M), f"{file} has no {name}"
+                checked += 1
+    assert checked > 40
