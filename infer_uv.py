@@ -40,6 +40,8 @@ from render.uv_space import texture_pixels
 
 EXPORTS = (*(suffix[1:] for suffix in SUFFIXES), "gif", "mp4", "sheet")
 MANIFEST = "manifest.jsonl"
+LONGEST_NAME = 60  # bytes of a prompt or a picture's name in a file's name
+HASHED = {"weights": "checkpoint", "pictures": "images", "edited": "init_texture"}  # a hash, and what names its files
 ASKED = ("num_inference_steps", "sampler", "guidance_scale", "text_guidance", "image_guidance", "negative_prompt",
          "img_weight", "eta", "strength", "size", "seam_fix")  # fmt: skip
 REPEATED = ("prompt", "seed", "init_texture", "mask", "checkpoint", "lora", "aligner", "config")  # of --settings
@@ -178,7 +180,7 @@ def file_name(text: str) -> str:
     """What a text may be called as a file. Where letters are lost, its hash stands for them, so that no two texts
     have one name."""
     words = " ".join(text.split())
-    name = re.sub(r"\W+", "-", words)[:60].strip("-")
+    name = re.sub(r"\W+", "-", words).encode()[:LONGEST_NAME].decode(errors="ignore").strip("-")
     return name if name.replace("-", " ") == words else f"{name}-{content_hash(text.encode())[:8]}".lstrip("-")
 
 
@@ -247,6 +249,15 @@ def describe(args: argparse.Namespace, overrides: list[str], settings: Generatio
         "body": pipeline.body_spec,
         "base": pipeline.trained.cfg.model.pretrained_model,
     }
+
+
+def check_is_the_same(told: dict, description: dict) -> None:
+    """Raises UserError where a texture that is to be repeated would come from other weights or pictures unseen."""
+    for name, source in HASHED.items():
+        if description[source] == told[source] and description[name] != told[name]:
+            raise UserError(f"{description[source]} is no longer what the texture of --settings was made from: it "
+                            f"cannot be repeated; give --{source.removesuffix('s').replace('_', '-')} by hand to make "
+                            "another one")  # fmt: skip
 
 
 def files_hash(paths: Sequence[str]) -> str:
@@ -392,7 +403,7 @@ def finish(job: Job, texture: Image.Image, batch: tuple[int, int], call: Call) -
 def main():
     with exit_on_user_error():
         args, overrides = parse_args()
-        told = fill_from_settings(args)
+        by_hand, told = argparse.Namespace(**vars(args)), fill_from_settings(args)
         overrides = [*told.get("overrides", []), *overrides]
         check(args)
         processes.keep_freed_memory()
@@ -410,6 +421,8 @@ def main():
         waiting = [job for job in mine if not (is_list and is_done(job, described(job, call), args.exports))]
         if is_list:
             report_done(mine, waiting)
+        if told and not (args.lora or by_hand.checkpoint or by_hand.image or by_hand.init_texture):
+            check_is_the_same(told, described(jobs[0], call))
         copies = tuple(told["batch"]) if told and len(jobs) == 1 else None
         skipped = make_all(waiting, call, copies, args.batch_size)
         if skipped:

@@ -257,3 +257,16 @@ def test_a_damaged_picture_is_left_out_and_counted(checkpoint, tmp_path, run_scr
     )
     assert status == INCOMPLETE and str(folder / "2.png") in error and "1 pictures could not be read" in error
     assert sorted(path.name for path in (tmp_path / "o").glob("*.png")) == ["1-png-0.png", "3-png-0.png"]
+
+
+def test_what_changed_since_is_not_repeated_unseen(checkpoint, tmp_path, run_script, textures):
+    picture, texture = tmp_path / "person.png", tmp_path / "texture.png"
+    Image.open(textures / "1.png").save(picture)
+    made = ["--image", picture, "--checkpoint", checkpoint, "--out", texture, "--size", 16]
+    assert run_script(infer_main, *made)[0] == 0
+    again = ["--settings", texture, "--out", tmp_path / "again.png"]
+    assert run_script(infer_main, *again)[0] == 0
+    Image.open(textures / "2.png").save(picture)
+    status, _, error = run_script(infer_main, *again)
+    assert status == 2 and "person.png" in error and "no longer" in error
+    assert run_script(infer_main, *again, "--image", picture)[0] == 0, "by hand it is meant"
