@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL
 
 from common.files import PROJECT_ROOT
 from embedded.grammar import Outfit
-from embedded.pretrain import stages as pretrain_base
+from embedded.pretrain import scenes as pretrain_base
 from models.base import load_base
 from models.conditioning import encode_prompts
 

@@ -1,6 +1,6 @@
 """Trains the embedded base from nothing: a Stable Diffusion in small, in the diffusers folder layout.
 
-    python -m embedded.pretrain.stages --out embedded/base   # an hour and a half on 2 cores; continues where it stopped
+    python -m embedded.pretrain.scenes --out embedded/base   # an hour and a half on 2 cores; continues where it stopped
 
 Six stages, each on captioned renders of procedurally dressed bodies, on their textures in other UV layouts and on
 patchworks of fabric; no picture shows a texture in Anny's own layout, so making those is left to the joint training:
