@@ -29,23 +29,29 @@ BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 ZERO_TERMINAL_SNR = dict(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
 
 
-def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray, resolution: int) -> torch.Tensor:
+# Latents and states are joined outside autocast, which on a CPU does not join float16.
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray, resolution: int, precision) -> torch.Tensor:
     """pictures: (N, 3, H, W) uint8, scaled to `resolution` → latents: (N, 8, resolution/8, resolution/8) float16."""
     latents = []
     for start in tqdm(range(0, len(pictures), 50), f"latents of {resolution}"):
         pixel_values = torch.from_numpy(pictures[start : start + 50].copy()).to(vae.device) / 127.5 - 1
         pixel_values = F.interpolate(pixel_values, size=(resolution,) * 2, mode="bilinear", antialias=True)
-        mean, _ = encode_posterior(vae, pixel_values)
+        with autocast(vae.device, precision):
+            mean, _ = encode_posterior(vae, pixel_values)
         latents.append((mean * vae.config.scaling_factor).half().cpu())
     return torch.cat(latents)
 
 
-def encode_captions(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+@torch.no_grad()
+def encode_captions(text_encoder: CLIPTextModel, tokenizer, captions: list[str], precision) -> torch.Tensor:
     """N captions → (N, 77, 128) float16."""
     states = []
     for start in tqdm(range(0, len(captions), 100), "text states"):
         input_ids = tokenize(tokenizer, captions[start : start + 100]).to(text_encoder.device)
-        states.append(text_encoder(input_ids).last_hidden_state.half().cpu())
+        with autocast(text_encoder.device, precision):
+            encoded = text_encoder(input_ids)
+        states.append(encoded.last_hidden_state.half().cpu())
     return torch.cat(states)
 
 
@@ -58,12 +64,11 @@ def train_unet(run: Run, steps: int) -> dict:
     text_encoder = CLIPTextModel.from_pretrained(run.out / "text_encoder", dtype=torch.float32).to(device).eval()
     noise_scheduler = DDPMScheduler(**BETAS, **ZERO_TERMINAL_SNR, steps_offset=1, clip_sample=False)
     DDIMScheduler.from_config(noise_scheduler.config, set_alpha_to_one=True).save_pretrained(run.out / "scheduler")
-    with torch.no_grad(), autocast(device, run.precision):
-        small_latents = encode_pictures(vae, pictures, RESOLUTION // 2)
-        large_latents = encode_pictures(vae, pictures[:LARGE], RESOLUTION)
-        captions = [caption for label in labels for caption in label["captions"]]
-        states = encode_captions(text_encoder, tokenizer, captions).unflatten(0, (-1, CAPTIONS))
-        empty_state = encode_captions(text_encoder, tokenizer, [""])[0]
+    small_latents = encode_pictures(vae, pictures, RESOLUTION // 2, run.precision)
+    large_latents = encode_pictures(vae, pictures[:LARGE], RESOLUTION, run.precision)
+    captions = [caption for label in labels for caption in label["captions"]]
+    states = encode_captions(text_encoder, tokenizer, captions, run.precision).unflatten(0, (-1, CAPTIONS))
+    empty_state = encode_captions(text_encoder, tokenizer, [""], run.precision)[0]
 
     torch.manual_seed(2)
     unet = UNet2DConditionModel(sample_size=RESOLUTION // PATCH, **CHANNELS, **BLOCKS)

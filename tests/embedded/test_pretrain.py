@@ -13,6 +13,7 @@ from embedded.pretrain.__main__ import STAGES, main
 from embedded.pretrain.autoencoder import equalise
 from embedded.pretrain.stage import train_stage
 from embedded.pretrain.tokenizer import train_tokenizer
+from embedded.pretrain.unet import encode_captions, encode_pictures
 from models.base import load_base
 from models.conditioning import encode_prompts
 
@@ -129,3 +130,11 @@ def test_equalised_latents_have_unit_colour_and_the_same_pictures():
     assert torch.allclose(posterior.mean.std((0, 2, 3)), torch.tensor([1, 1, 1, 0.5, 0.5]), atol=1e-3)
     factor = (posterior.std / deviation).mean((0, 2, 3))
     assert torch.allclose(posterior.std, deviation * factor[:, None, None], rtol=1e-3)
+
+
+def test_latents_and_states_are_joined_under_bfloat16(base):
+    pictures = np.zeros((60, 3, 16, 16), np.uint8)
+    latents = encode_pictures(base.vae, pictures, 16, torch.bfloat16)
+    assert latents.shape == (60, 4, 8, 8) and latents.dtype == torch.float16
+    states = encode_captions(base.text_encoder, base.tokenizer, ["a man"] * 101, torch.bfloat16)
+    assert states.shape == (101, 77, 16) and states.dtype == torch.float16
