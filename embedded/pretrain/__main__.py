@@ -77,7 +77,8 @@ def run_stage(name: str, run: Run, steps: int) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    name, layout = "python -m embedded.pretrain", argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=layout)
     parser.add_argument("--out", type=Path, default=Path("embedded/base"))
     parser.add_argument("--work", type=Path, default=Path("data_cache/pretrain"), help="renders and resumable state")
     parser.add_argument("--stage", choices=STAGES, help="this one alone (default: all)")
