@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from atlas_dataset.views import render_texture
+from common.files import PROJECT_ROOT
 from common.pictures import image_from_pixels, open_image
 from config.configuration import Render
 from embedded.sources import ProceduralTextures
@@ -28,15 +29,17 @@ PROMPTS = (  # combinations that `Outfit.held_out` keeps out of training
 # first on textures of half the size, whose steps take less than half the time.
 DATA = ("--data.dataset=procedural:600", "--data.views_per_texture=2", "--output.sample_every=2000")
 SMALL = ("--data.resolution=128", "--training.joint.max_steps=1200")
-LARGE = ("--resume", "auto", "--training.joint.max_steps=1350", "--training.joint.lr_scheduler=constant",
-         "--training.joint.learning_rate=5e-4")  # fmt: skip
-CHECKPOINTS = "--output.out_dir=outputs/demo/checkpoints"
-ROW, TEXT = 256, 230  # pixels
+FURTHER_STEPS = ("--training.joint.max_steps=1350", "--training.joint.lr_scheduler=constant")
+LARGE = ("--resume", "auto", *FURTHER_STEPS, "--training.joint.learning_rate=5e-4")
+CHECKPOINTS = f"--output.out_dir={OUT}/checkpoints"
+ROW, TEXT, VIEW = 256, 230, 192  # pixels: a row's height, and the width of its text and of each of its views
 
 
 def run(*command: str) -> None:
+    """A script of the project, in the current directory, with arguments; its failure is this one's."""
+    script, arguments = PROJECT_ROOT / command[0], command[1:]
     print("$ python " + " ".join(f'"{word}"' if " " in word else word for word in command), flush=True)
-    status = subprocess.run([sys.executable, *command]).returncode
+    status = subprocess.run([sys.executable, str(script), *arguments]).returncode
     if status:
         sys.exit(status)
 
@@ -47,7 +50,7 @@ def held_out_person() -> Path:
     texture = texture_pixels(open_image(encoded), 256)
     render = Render(azimuth=[20, 20], elevation=[5, 5], full_body=1)
     path = OUT / "person.png"
-    picture, _ = render_texture(load_rig("anny"), texture, render, 1, 0, [0], 512, 384)[0]
+    ((picture, _),) = render_texture(load_rig("anny"), texture, render, 1, 0, [0], 512, 384)
     image_from_pixels(picture).save(path)
     print(f"{path}: {prompt}")
     return path
@@ -56,7 +59,7 @@ def held_out_person() -> Path:
 def overview(rows: list[tuple[str | Path, Path]]) -> Path:
     """One row a texture: what it was made from, the texture, and four views of the turntable."""
     font = ImageFont.load_default(17)
-    sheet = Image.new("RGB", (TEXT + ROW + 4 * ROW * 3 // 4, ROW * len(rows)), "white")
+    sheet = Image.new("RGB", (TEXT + ROW + 4 * VIEW, ROW * len(rows)), "white")
     for index, (source, texture) in enumerate(rows):
         top = index * ROW
         if isinstance(source, Path):
@@ -67,12 +70,13 @@ def overview(rows: list[tuple[str | Path, Path]]) -> Path:
             text = "\n".join(textwrap.wrap(source, 24))
             ImageDraw.Draw(sheet).text((12, top + ROW // 2), text, "black", font, anchor="lm", spacing=7)
         with Image.open(texture) as picture:
-            sheet.paste(picture.resize((ROW, ROW)), (TEXT, top), picture.resize((ROW, ROW)).getchannel("A"))
+            small = picture.resize((ROW, ROW))
+            sheet.paste(small, (TEXT, top), small.getchannel("A"))
         with Image.open(texture.with_suffix(".gif")) as turntable:
             for view in range(4):
                 turntable.seek(view * turntable.n_frames // 4)
-                frame = turntable.convert("RGB").resize((ROW * 3 // 4, ROW))
-                sheet.paste(frame, (TEXT + ROW + view * frame.width, top))
+                frame = turntable.convert("RGB").resize((VIEW, ROW))
+                sheet.paste(frame, (TEXT + ROW + view * VIEW, top))
     path = OUT / "overview.png"
     sheet.save(path)
     return path
@@ -85,11 +89,12 @@ def main():
     run("joint.py", *DATA, *LARGE, CHECKPOINTS)
     rows = []
     for number, prompt in enumerate(PROMPTS, 1):
-        rows.append((prompt, OUT / f"text-{number}.png"))
-        run("infer_uv.py", "--prompt", prompt, "--out", str(rows[-1][1]), "--turntable", CHECKPOINTS)
-    person = held_out_person()
-    rows.append((person, OUT / "image.png"))
-    run("infer_uv.py", "--image", str(person), "--out", str(rows[-1][1]), "--turntable", CHECKPOINTS)
+        path = OUT / f"text-{number}.png"
+        run("infer_uv.py", "--prompt", prompt, "--out", str(path), "--turntable", CHECKPOINTS)
+        rows.append((prompt, path))
+    person, path = held_out_person(), OUT / "image.png"
+    run("infer_uv.py", "--image", str(person), "--out", str(path), "--turntable", CHECKPOINTS)
+    rows.append((person, path))
     print(f"{overview(rows)} after {(time.perf_counter() - began) / 60:.1f} minutes")
 
 
