@@ -40,10 +40,10 @@ def is_picture(path: Path) -> bool:
 
 def picture_files(folder: str | Path) -> list[Path]:
     """The pictures in a folder, in the order of their names. Raises UserError when there are none."""
-    found = sorted(path for path in Path(folder).glob("*") if is_picture(path))
-    if not found:
+    pictures = sorted(path for path in Path(folder).glob("*") if is_picture(path))
+    if not pictures:
         raise UserError(f"no pictures in {folder}; give a folder of PNG, JPEG or WebP files")
-    return found
+    return pictures
 
 
 def prepare_image(image: Image.Image, size: int | tuple[int, int]) -> Tensor:
@@ -51,7 +51,8 @@ def prepare_image(image: Image.Image, size: int | tuple[int, int]) -> Tensor:
     width) in [-1, 1]."""
     height, width = (size, size) if isinstance(size, int) else size
     scale = max(image.height / height, image.width / width)
-    canvas = Image.new("RGB", (max(image.width, round(width * scale)), max(image.height, round(height * scale))))
+    sides = max(image.width, round(width * scale)), max(image.height, round(height * scale))
+    canvas = Image.new("RGB", sides)
     corner = ((canvas.width - image.width) // 2, (canvas.height - image.height) // 2)
     canvas.paste(image, corner, image if image.mode == "RGBA" else None)
     return pixels_from_image(canvas.resize((width, height), Image.Resampling.BICUBIC))

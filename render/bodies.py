@@ -39,11 +39,11 @@ class Body:
     @functools.cached_property
     def is_closed(self) -> bool:
         """Each edge joins two triangles and the surface looks outwards: from outside, no back face is ever seen."""
-        ends = torch.cat([self.faces[:, [0, 1]], self.faces[:, [1, 2]], self.faces[:, [2, 0]]])
-        forth, back = (ends[:, a] * len(self.vertices) + ends[:, b] for a, b in ((0, 1), (1, 0)))
+        start, end = torch.cat([self.faces[:, [0, 1]], self.faces[:, [1, 2]], self.faces[:, [2, 0]]]).unbind(1)
+        edges, reversed_edges = start * len(self.vertices) + end, end * len(self.vertices) + start
         a, b, c = self.vertices[self.faces].unbind(1)
         volume = (a * torch.linalg.cross(b, c)).sum()
-        return torch.equal(forth.unique(), back.sort().values) and volume.item() > 0
+        return torch.equal(edges.unique(), reversed_edges.sort().values) and volume.item() > 0
 
 
 @functools.lru_cache(maxsize=1)

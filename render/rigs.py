@@ -128,7 +128,8 @@ def load_rig(spec: str, poses: str = "own") -> StillRig:
 
     Raises UserError when the body cannot take such poses.
     """
-    kind, motions = spec.partition(":")[0], None if poses in ("own", "rest") else poses
+    kind = spec.partition(":")[0]
+    motions = None if poses in ("own", "rest") else poses
     if motions and kind not in KINDS:
         raise UserError(f"body {spec!r} cannot take the motions of {poses!r}; set data.render.poses to own or rest")
     if kind in KINDS:

@@ -23,12 +23,17 @@ EXTRA = ("hands_meanl", "hands_meanr", "joint2num")
 GENDERS = ("neutral", "female", "male")
 # What a pickle may name: arrays, sparse matrices, and chumpy's, which becomes a placeholder.
 ALLOWED = {
-    ("numpy", "ndarray"), ("numpy", "dtype"),
-    *((module, name) for module in ("numpy.core.multiarray", "numpy._core.multiarray")
-      for name in ("_reconstruct",)),
-    ("_codecs", "encode"), ("copy_reg", "_reconstructor"), ("copyreg", "_reconstructor"), ("__builtin__", "object"),
-    ("builtins", "object"), ("collections", "OrderedDict"),
-}  # fmt: skip
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("_codecs", "encode"),
+    ("copy_reg", "_reconstructor"),
+    ("copyreg", "_reconstructor"),
+    ("__builtin__", "object"),
+    ("builtins", "object"),
+    ("collections", "OrderedDict"),
+}
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 FRAMES_PER_SECOND = 2  # of a motion: nearer frames are near-copies
 
@@ -134,15 +139,15 @@ def model_files(path: Path) -> dict[str, Path]:
     """Gender → model file. path: one file, for every gender, or a folder with one for each."""
     if path.is_file():
         return {gender: path for gender in GENDERS}
-    found = {}
+    files = {}
     for file in sorted(path.rglob("*")) if path.is_dir() else []:
         if file.suffix in (".npz", ".pkl"):
             words = str(file.relative_to(path)).lower().replace("female", "f_gender").replace("_f_", "f_gender")
             gender = "female" if "f_gender" in words else "male" if "male" in words or "_m_" in words else "neutral"
-            found.setdefault(gender, file)
-    if not found:
+            files.setdefault(gender, file)
+    if not files:
         raise UserError(f"no body model at {path}; give a .npz or .pkl file, or a folder of them")
-    return {gender: found.get(gender, next(iter(found.values()))) for gender in GENDERS}
+    return {gender: files.get(gender, next(iter(files.values()))) for gender in GENDERS}
 
 
 @functools.lru_cache(maxsize=4)
@@ -170,8 +175,8 @@ def load_model(kind: str, path: Path):
 
 def split_spec(spec: str) -> tuple[str, Path, Path]:
     """ "smpl:MODEL" or "smpl:MODEL,UVS.obj" → kind, model path, UV template's path."""
-    kind, _, rest = spec.partition(":")
-    path, _, uvs = rest.partition(",")
+    kind, _, paths = spec.partition(":")
+    path, _, uvs = paths.partition(",")
     model = Path(path)
     folder = model.parent if model.is_file() else model
     name = "smplx_uv.obj" if kind == "smplx" else "smpl_uv.obj"
@@ -202,8 +207,9 @@ def smpl_vertices(spec: str, poses: np.ndarray, betas: np.ndarray, genders: list
     SMPL has no hands: they stay at rest.
     """
     kind, path, _ = split_spec(spec)
-    files, out = model_files(path), []
-    for pose, shape, gender in zip(torch.from_numpy(poses).float(), torch.from_numpy(betas).float(), genders):
+    files, bodies = model_files(path), []
+    poses, betas = (torch.from_numpy(array).float() for array in (poses, betas))
+    for pose, shape, gender in zip(poses, betas, genders):
         model = load_model(kind, files[gender])
         directions = model._assets.shapedirs.shape[-1]
         if kind == "smplx" and directions < 300:
@@ -217,8 +223,8 @@ def smpl_vertices(spec: str, poses: np.ndarray, betas: np.ndarray, genders: list
             inputs.update(body_pose=body, hand_pose=hands)
         if kind == "smplx":
             inputs.update(head_pose=body.new_zeros(1, 3, 3), expression=body.new_zeros(1, 10))
-        out.append(model.forward_vertices(**inputs)[0])
-    vertices = torch.stack(out)
+        bodies.append(model.forward_vertices(**inputs)[0])
+    vertices = torch.stack(bodies)
     vertices[..., 1] -= vertices[..., 1].amin(1, keepdim=True)
     return vertices
 
@@ -265,7 +271,8 @@ def _facing_front(root: np.ndarray) -> np.ndarray:
 @functools.lru_cache(maxsize=8)
 def motion_files(folder: str) -> tuple[Path, ...]:
     """The motions below a folder, in the order of their names; AMASS's shape files are left out."""
-    files = sorted(path for path in Path(folder).rglob("*.npz") if not path.stem.endswith(("shape", "_stagei")))
+    files = sorted(Path(folder).rglob("*.npz"))
+    files = [path for path in files if not path.stem.endswith(("shape", "_stagei"))]
     if not files:
         raise UserError(f"no AMASS motions (.npz) in {folder}")
     return tuple(files)

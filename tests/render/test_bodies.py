@@ -16,6 +16,7 @@ from render.rigs import load_body, load_rig
 from render.smpl import FRAMES_PER_SECOND, load_model, motion_files, read_amass, read_arrays
 
 JOINT_COUNT = {"smpl": 24, "smplh": 52, "smplx": 55}
+SHAPE_COUNT = {"smpl": 10, "smplh": 16, "smplx": 400}
 
 
 def model_arrays(kind: str, mesh) -> dict:
@@ -27,11 +28,14 @@ def model_arrays(kind: str, mesh) -> dict:
     weights[1] = np.eye(joints)[1]  # the second corner follows the left hip
     regressor = scipy.sparse.csc_matrix(np.full((joints, corners), 1 / corners))
     arrays = {
-        "v_template": box.vertices.numpy().astype(np.float64), "f": box.faces.numpy().astype(np.uint32),
-        "weights": weights, "J_regressor": regressor, "posedirs": np.zeros((corners, 3, 9 * (joints - 1))),
-        "shapedirs": rng.normal(0, 0.01, (corners, 3, {"smpl": 10, "smplh": 16, "smplx": 400}[kind])),
+        "v_template": box.vertices.numpy().astype(np.float64),
+        "f": box.faces.numpy().astype(np.uint32),
+        "weights": weights,
+        "J_regressor": regressor,
+        "posedirs": np.zeros((corners, 3, 9 * (joints - 1))),
+        "shapedirs": rng.normal(0, 0.01, (corners, 3, SHAPE_COUNT[kind])),
         "kintree_table": np.array([[2**32 - 1, *[0] * (joints - 1)], range(joints)], dtype=np.int64),
-    }  # fmt: skip
+    }
     if kind != "smpl":
         arrays.update(hands_meanl=np.zeros(45), hands_meanr=np.zeros(45))
         arrays["joint2num"] = np.array({f"joint{index}": index for index in range(joints)}, dtype=object)
@@ -59,7 +63,7 @@ def write_model(folder, kind: str, suffix: str, mesh, chumpy) -> str:
     folder.mkdir(exist_ok=True)
     arrays, path = model_arrays(kind, mesh), folder / f"model{suffix}"
     if suffix == ".npz":
-        np.savez(path, **{key: value.toarray() if key == "J_regressor" else value for key, value in arrays.items()})
+        np.savez(path, **{**arrays, "J_regressor": arrays["J_regressor"].toarray()})
     else:
         arrays["shapedirs"] = chumpy(arrays["shapedirs"])
         path.write_bytes(pickle.dumps(arrays, protocol=2))
@@ -101,12 +105,10 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, mesh):
     np.savez(tmp_path / "motion.npz", poses=np.array([Hostile()], dtype=object))
     assert not trace.exists()
     (tmp_path / "smpl_uv.obj").write_bytes(mesh.read_bytes())
-    for read in (
-        lambda: load_body(f"smpl:{tmp_path / 'model.pkl'}"), lambda: load_body(f"smpl:{tmp_path / 'model.npz'}"),
-        lambda: read_amass(tmp_path / "motion.npz"),
-    ):  # fmt: skip
+    for read, name in ((load_body, "model.pkl"), (load_body, "model.npz"), (read_amass, "motion.npz")):
+        source = f"smpl:{tmp_path / name}" if read is load_body else tmp_path / name
         with pytest.raises(UserError, match=r"it names (io|_io)\.open"):
-            read()
+            read(source)
     assert not trace.exists()
 
 
@@ -152,22 +154,24 @@ def test_amass_layouts(columns, tmp_path):
     poses = np.tile(np.arange(columns) / 1000, (frames, 1))
     poses[:, :3] = (np.pi / 2, 0, 0)  # upright in a world with z up
     np.savez(tmp_path / "motion.npz", poses=poses, betas=np.ones(16), gender="female", mocap_framerate=rate)
-    read, betas, gender = read_amass(tmp_path / "motion.npz")
-    assert read.shape == (frames * FRAMES_PER_SECOND // rate, 156) and betas.tolist() == [1.0] * 16
+    thinned, betas, gender = read_amass(tmp_path / "motion.npz")
+    assert thinned.shape == (frames * FRAMES_PER_SECOND // rate, 156) and betas.tolist() == [1.0] * 16
     assert gender == "female"
-    assert np.allclose(read[:, :3], 0, atol=1e-6), "upright with y up"
-    assert np.allclose(read[:, 3:66], poses[:4, 3:66])
+    assert np.allclose(thinned[:, :3], 0, atol=1e-6), "upright with y up"
+    assert np.allclose(thinned[:, 3:66], poses[:4, 3:66])
     hands = {72: np.zeros((4, 90)), 156: poses[:4, 66:156], 165: poses[:4, 75:165]}[columns]
-    assert np.allclose(read[:, 66:], hands)
+    assert np.allclose(thinned[:, 66:], hands)
 
 
 @pytest.mark.parametrize(
     "arrays,message",
     [
-        ({"betas": np.zeros(16)}, "holds no 'poses'"), ({"poses": np.full((4, 156), np.nan)}, "no numbers"),
-        ({"poses": np.zeros((4, 99))}, "72, 156 or 165"), ({"poses": np.zeros((0, 156))}, "72, 156 or 165"),
+        ({"betas": np.zeros(16)}, "holds no 'poses'"),
+        ({"poses": np.full((4, 156), np.nan)}, "no numbers"),
+        ({"poses": np.zeros((4, 99))}, "72, 156 or 165"),
+        ({"poses": np.zeros((0, 156))}, "72, 156 or 165"),
     ],
-)  # fmt: skip
+)
 def test_bad_motions_are_refused_by_name(arrays, message, tmp_path):
     np.savez(tmp_path / "walk.npz", **arrays)
     with pytest.raises(UserError, match=rf"walk\.npz.*{message}|{message}"):
@@ -175,7 +179,8 @@ def test_bad_motions_are_refused_by_name(arrays, message, tmp_path):
 
 
 def test_motions_pose_an_smpl_body(tmp_path, mesh, chumpy):
-    spec, motions = write_model(tmp_path / "model", "smplh", ".npz", mesh, chumpy), tmp_path / "motions" / "subject"
+    spec = write_model(tmp_path / "model", "smplh", ".npz", mesh, chumpy)
+    motions = tmp_path / "motions" / "subject"
     motions.mkdir(parents=True)
     poses = np.zeros((60, 156))
     poses[:, 0], poses[:, 5] = np.pi / 2, np.linspace(0, 1, 60)
