@@ -38,8 +38,8 @@ def rig(request, mesh):
 
 
 def picture(vertices, faces, uvs, image) -> torch.Tensor:
-    body = Body(*(torch.as_tensor(np.asarray(part)) for part in (vertices, faces, uvs, faces)))
-    return picture_of(body, image)
+    tensors = (torch.as_tensor(np.asarray(array)) for array in (vertices, faces, uvs, faces))
+    return picture_of(Body(*tensors), image)
 
 
 def picture_of(body: Body, image, vertices=None) -> torch.Tensor:
@@ -69,7 +69,8 @@ def test_glb_and_obj_opened_by_trimesh_look_the_same(rig, texture, tmp_path):
         image = material.baseColorTexture if name.endswith("glb") else material.image
         is_skinned = name == "body.glb" and isinstance(rig, AnnyRig)  # trimesh shows the mesh as it is bound
         vertices = (skinned(tmp_path / name) if is_skinned else loaded.vertices).astype(np.float32)
-        close(picture(vertices, loaded.faces, loaded.visual.uv.astype(np.float32), image), expected(rig, pose, texture))
+        uvs = loaded.visual.uv.astype(np.float32)
+        close(picture(vertices, loaded.faces, uvs, image), expected(rig, pose, texture))
         height = float(np.ptp(rig.vertices([pose])[0][:, 1].numpy()))
         assert np.ptp(vertices[:, 1]) == pytest.approx(height, rel=1e-3), "in metres"
 
@@ -87,7 +88,8 @@ def test_usdz_opened_by_usd_looks_the_same(rig, texture, tmp_path):
         name = next(name for name in archive.namelist() if name.endswith(".png"))
         image = Image.open(io.BytesIO(archive.read(name)))
     faces = np.array(mesh.GetFaceVertexIndicesAttr().Get()).reshape(-1, 3)
-    close(picture(np.array(mesh.GetPointsAttr().Get()), faces, np.array(uvs), image), expected(rig, pose, texture))
+    points = np.array(mesh.GetPointsAttr().Get())
+    close(picture(points, faces, np.array(uvs), image), expected(rig, pose, texture))
     bound, _ = UsdShade.MaterialBindingAPI(mesh.GetPrim()).ComputeBoundMaterial()
     assert bound.GetPath() == "/body/material"
 
@@ -135,10 +137,9 @@ def test_annys_glb_keeps_a_skeleton_that_holds_the_pose(texture, tmp_path):
     for pose in (rig.named_pose("rest", 0), rig.named_pose("walking", 3)):
         export_body(tmp_path / "body.glb", rig, pose, texture)
         posed = skinned(tmp_path / "body.glb")
-        corners = np.unique(
-            np.stack([rig.body.faces.numpy().ravel(), rig.body.uv_faces.numpy().ravel()], 1), axis=0
-        )[:, 0]  # fmt: skip
-        assert np.abs(posed - rig.vertices([pose])[0].numpy()[corners]).max() < 1e-3
+        corners = np.stack([rig.body.faces.numpy().ravel(), rig.body.uv_faces.numpy().ravel()], 1)
+        vertex = np.unique(corners, axis=0)[:, 0]
+        assert np.abs(posed - rig.vertices([pose])[0].numpy()[vertex]).max() < 1e-3
 
 
 @pytest.mark.skipif(not VALIDATOR.exists() or not shutil.which("node"), reason="npm install --prefix tests")
@@ -150,8 +151,9 @@ def test_the_khronos_validator_finds_nothing(rig, texture, tmp_path):
             f"require({json.dumps(str(VALIDATOR))}).validateBytes(new Uint8Array(require('fs').readFileSync("
             f"{json.dumps(str(tmp_path / 'body.glb'))}))).then(r => console.log(JSON.stringify(r.issues)))"
         )
-        found = json.loads(subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True).stdout)
-        assert (found["numErrors"], found["numWarnings"]) == (0, 0), found["messages"][:3]
+        output = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True).stdout
+        issues = json.loads(output)
+        assert (issues["numErrors"], issues["numWarnings"]) == (0, 0), issues["messages"][:3]
 
 
 def test_other_suffixes_are_refused(texture, tmp_path, mesh):
