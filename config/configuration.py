@@ -238,7 +238,7 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]
 def _explain(error: ValidationError) -> str:
     """The first problem of a validation error in one line."""
     problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"])
+    key = ".".join(str(name) for name in problem["loc"])
     if problem["type"] == "extra_forbidden":
         nearest = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.0)
         return f"unknown key {key!r}; did you mean {nearest[0]!r}?"
@@ -297,10 +297,12 @@ def dotted_overrides(unknown: list[str]) -> list[str]:
     """["--a.b=1", "--c.d", "2"] → ["a.b=1", "c.d=2"]; anything else is a UserError."""
     overrides, arguments = [], iter(unknown)
     for argument in arguments:
-        if not argument.startswith("--") or "." not in argument.partition("=")[0]:
+        option, equals, value = argument.partition("=")
+        if not option.startswith("--") or "." not in option:
             raise UserError(f"unknown argument {argument!r}; see --help; config keys are written --section.key=value")
-        value = "" if "=" in argument else "=" + next(arguments, "")
-        overrides.append(argument[2:] + value)
+        if not equals:
+            value = next(arguments, "")
+        overrides.append(f"{option[2:]}={value}")
     return overrides
 
 

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from common.errors import UserError
@@ -5,6 +7,8 @@ from common.files import PROJECT_ROOT
 from config.configuration import DEFAULT_CONFIG, known_keys, load_config, save_config
 from joint import main as joint_main
 from models.base import load_base
+
+NO_BACKGROUNDS = [f"--data.render.backgrounds.{kind}=0" for kind in ("plain", "gradient", "noise")]
 
 
 @pytest.mark.parametrize("name", ["train_config", "sd15_atlas", "sd21_atlas"])
@@ -15,11 +19,9 @@ def test_presets_are_valid_and_survive_saving(name, tmp_path):
 
 
 def test_overrides_are_typed():
-    cfg = load_config(
-        DEFAULT_CONFIG,
-        ["training.joint.max_steps=200", "training.joint.learning_rate=1e-4", "model.lora.target_modules=[to_q, to_k]",
-         "model.image_encoder=null"],
-    )  # fmt: skip
+    numbers = ["training.joint.max_steps=200", "training.joint.learning_rate=1e-4"]
+    others = ["model.lora.target_modules=[to_q, to_k]", "model.image_encoder=null"]
+    cfg = load_config(DEFAULT_CONFIG, [*numbers, *others])
     assert cfg.training.joint.max_steps == 200 and cfg.training.joint.learning_rate == 1e-4
     assert cfg.model.lora.target_modules == ["to_q", "to_k"] and cfg.model.image_encoder is None
 
@@ -63,10 +65,11 @@ def test_bad_files(tmp_path, content, message):
 
 
 def test_known_keys_have_the_seeds_spelling():
-    seed = ["model.pretrained_model", "model.lora.r", "model.lora.alpha", "data.cache_dir", "output.out_dir",
-            "output.log_every", *(f"training.joint.{key}" for key in
-            ("batch_size", "effective_batch_size", "num_epochs", "learning_rate", "alpha", "beta"))]  # fmt: skip
-    assert set(seed) <= set(known_keys())
+    seed = {"model.pretrained_model", "model.lora.r", "model.lora.alpha", "data.cache_dir"}
+    seed |= {"output.out_dir", "output.log_every"}
+    schedule = ("batch_size", "effective_batch_size", "num_epochs", "learning_rate", "alpha", "beta")
+    seed |= {f"training.joint.{key}" for key in schedule}
+    assert seed <= set(known_keys())
 
 
 @pytest.mark.parametrize(
@@ -84,10 +87,7 @@ def test_known_keys_have_the_seeds_spelling():
         (["--data.render.azimuth=[9,3]"], "write [low, high]"),
         (["--data.render.fill=0.5"], "data.render.fill"),
         (["--data.render.backgrounds.pictures=1"], "needs background_folder"),
-        (
-            [f"--data.render.backgrounds.{kind}=0" for kind in ("plain", "gradient", "noise")],
-            "give at least one a weight",
-        ),
+        (NO_BACKGROUNDS, "give at least one a weight"),
         (["--data.render.poses=amass"], "cannot take the motions"),
         (["--model.lora.target_modules=[nonsense]"], "model.lora.target_modules"),
         (["--steps"], "unknown argument"),
@@ -103,8 +103,6 @@ def test_the_command_says_what_is_wrong_in_one_line(arguments, message, tiny_bas
 
 
 def test_a_damaged_base_is_refused(tiny_base, tmp_path):
-    import shutil
-
     copy = tmp_path / "base"
     shutil.copytree(tiny_base, copy)
     (copy / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"not tensors")
