@@ -1,3 +1,4 @@
+import codecs
 import shutil
 
 import pytest
@@ -26,6 +27,36 @@ def test_overrides_are_typed():
     assert cfg.model.lora.target_modules == ["to_q", "to_k"] and cfg.model.image_encoder is None
 
 
+@pytest.mark.parametrize(
+    "text", ["2026-11-25", "2026-13-45", "1e5", "007", "123", "no", "on", "null", "~", "a: b", "'a'"]
+)
+def test_an_override_of_a_text_is_the_text_as_it_stands(text):
+    assert load_config(DEFAULT_CONFIG, [f"output.out_dir={text}"]).output.out_dir == text
+    assert load_config(DEFAULT_CONFIG, [f"data.body={text}"]).data.body == (None if text == "null" else text)
+
+
+def test_texts_in_files_and_lists_are_what_is_written(tmp_path):
+    prompts = "[2026-11-25, no, 12, 1.50, 'a: b']"
+    expected = ["2026-11-25", "no", "12", "1.50", "a: b"]
+    path = tmp_path / "config.yaml"
+    path.write_text(f"output: {{out_dir: 2026-11-25, sample_prompts: {prompts}}}\ndata: {{dataset: 007, body: }}\n")
+    cfg = load_config(path)
+    assert cfg.output.out_dir == "2026-11-25" and cfg.output.sample_prompts == expected
+    assert cfg.data.dataset == "007" and cfg.data.body is None
+    save_config(cfg, path)
+    assert load_config(path) == cfg
+    assert load_config(DEFAULT_CONFIG, [f"output.sample_prompts={prompts}"]).output.sample_prompts == expected
+
+
+@pytest.mark.parametrize(
+    "mark,encoding", [(codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (b"", "utf-8")]
+)
+def test_files_of_any_editor_are_read(mark, encoding, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(mark + "output:\r\n  out_dir: größe\r\n".encode(encoding))
+    assert load_config(path).output.out_dir == "größe"
+
+
 def test_t2uv_and_i2uv_take_the_values_of_joint():
     cfg = load_config(DEFAULT_CONFIG, ["training.joint.learning_rate=0.5", "training.t2uv.batch_size=2"])
     assert cfg.training.t2uv.learning_rate == cfg.training.i2uv.learning_rate == 0.5
@@ -39,6 +70,9 @@ def test_t2uv_and_i2uv_take_the_values_of_joint():
         ("modle.lora.r=4", "'modle'.*'model"),
         ("training.joint.batch_size=four", "training.joint.batch_size: .*integer.*'four'"),
         ("training.joint.batch_size=2.5", "training.joint.batch_size"),
+        ("training.joint.max_steps=010", "valid integer, got '010'"),  # 8 to YAML 1.1
+        ("training.seed=1:30", "valid integer, got '1:30'"),  # 90
+        ("output.sample_prompts=[null]", "output.sample_prompts.0 is text"),
         ("training.joint.learning_rate=true", "training.joint.learning_rate"),
         ("training.joint.condition_dropout=1.5", "less than or equal to 1"),
         ("training.joint.batch_size=5", "not a multiple of batch_size 5"),
@@ -55,11 +89,21 @@ def test_mistakes_name_the_key(override, message):
         load_config(DEFAULT_CONFIG, [override])
 
 
-@pytest.mark.parametrize("content,message", [("a: [", "not YAML"), ("- 1\n", "sections"), (None, "cannot read config")])
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        (b"a: [", "not YAML"),
+        (b"- 1\n", "sections"),
+        (b"data: {views: stored}\ndata: {body: anny}\n", "key 'data' is given twice"),
+        (b"output: {out_dir: }\n", "output.out_dir is text: put None in quotes"),
+        (b"output: {out_dir: \xe9}\n", "save it as UTF-8"),
+        (None, "cannot read .*config.yaml: No such file.* --config"),
+    ],
+)
 def test_bad_files(tmp_path, content, message):
     path = tmp_path / "config.yaml"
     if content:
-        path.write_text(content)
+        path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_config(path)
 
@@ -91,6 +135,8 @@ def test_known_keys_have_the_seeds_spelling():
         (["--data.render.poses=amass"], "cannot take the motions"),
         (["--model.lora.target_modules=[nonsense]"], "model.lora.target_modules"),
         (["--steps"], "unknown argument"),
+        (["--output.out_dir", "--dry-run"], "--output.out_dir has no value"),
+        (["--output.out_dir", "--data.num_workers=1"], "--output.out_dir has no value"),
     ],
 )
 def test_the_command_says_what_is_wrong_in_one_line(arguments, message, tiny_base, tmp_path, monkeypatch, run_script):
