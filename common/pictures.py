@@ -40,10 +40,10 @@ def is_picture(path: Path) -> bool:
 
 def picture_files(folder: str | Path) -> list[Path]:
     """The pictures in a folder, in the order of their names. Raises UserError when there are none."""
-    found = sorted(path for path in Path(folder).glob("*") if is_picture(path))
-    if not found:
+    pictures = sorted(path for path in Path(folder).glob("*") if is_picture(path))
+    if not pictures:
         raise UserError(f"no pictures in {folder}; give a folder of PNG, JPEG or WebP files")
-    return found
+    return pictures
 
 
 def prepare_image(image: Image.Image, size: int | tuple[int, int]) -> Tensor:
