@@ -28,10 +28,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--textures", help="folder of pictures, copy or hub name of ATLAS, or procedural:COUNT")
     parser.add_argument("--prompts", help="text file, a prompt a line in the textures' order")
-    parser.add_argument(
-        "--body", default="anny", help="anny, obj:PATH, smpl:PATH, smplh:PATH or smplx:PATH (default: %(default)s)"
-    )
-    parser.add_argument("--views", type=int, default=5, help="renders of each texture; 0: none (default: %(default)s)")
+    bodies = "anny, obj:PATH, smpl:PATH, smplh:PATH or smplx:PATH (default: %(default)s)"
+    parser.add_argument("--body", default="anny", help=bodies)
+    parser.add_argument("--views", type=int, default=5, help="of each texture; 0: none (default: %(default)s)")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--height", type=int, default=1024)
     parser.add_argument("--width", type=int, default=768)
@@ -61,17 +60,15 @@ def main():
         if is_procedural(args.textures) and args.body != source.body:
             raise UserError(f"--body {args.body}: procedural textures are painted on {source.body}")
         source.limit(args.limit)
-        out = build_dataset(
-            source, args.body, args.views, args.out, args.height, args.width, args.seed, render, args.licence,
-            args.workers,
-        )  # fmt: skip
+        picture = (args.height, args.width, args.seed, render, args.licence)
+        out = build_dataset(source, args.body, args.views, args.out, *picture, args.workers)
         if not json.loads((out / INFO_FILE).read_text())["complete"]:
             print(f"{out}: this process's share is done, others are at work")
             return
         skipped = len(json.loads((out / "skipped.json").read_text()))
-        whole = len(source) - skipped
+        textures = len(source) - skipped
         note = f"; {skipped} skipped, see {out / 'skipped.json'}" if skipped else ""
-        print(f"{whole} textures and {whole * args.views} renders in {out}{note}")
+        print(f"{textures} textures and {textures * args.views} renders in {out}{note}")
         if args.push_to_hub:
             push_folder(out, args.push_to_hub, "dataset")
 

@@ -25,8 +25,7 @@ class ATLASLarge(Dataset):
     """Rows for training, each picture decoded once.
 
     root: a folder written by build_atlas_large.py, or the seed's layout (`load_from_disk` with columns `image`,
-    `texture`, `prompt`). with_renders: a row for each
-    render; without, for each texture.
+    `texture`, `prompt`). with_renders: a row for each render; without, for each texture.
 
     body is the spec of the mesh whose UV layout the textures have; None where the layout does not say.
 
@@ -106,13 +105,12 @@ class ATLASLarge(Dataset):
         """
         rig, height = load_rig(body, render.poses), self.image_size[0]
         mask = uv_mask(rig.body, self.resolution)
-        self.renders, self.texture_rows = (
-            None,
-            [row for row in range(len(self.textures)) for _ in range(views_per_texture)],
-        )
+        self.renders = None
+        self.texture_rows = [row for row in range(len(self.textures)) for _ in range(views_per_texture)]
 
         def fresh_render(texture_row: int, number: int) -> Tensor:
-            texture, size = fill_outside(self.texture(texture_row), mask), (height, height * 3 // 4)
+            texture = fill_outside(self.texture(texture_row), mask)
+            size = (height, height * 3 // 4)
             picture, _ = render_texture(rig, texture, render, seed, texture_row, [number], *size)[0]
             return prepare_image(image_from_pixels(picture), self.image_size)
 
@@ -142,15 +140,19 @@ class ATLASLarge(Dataset):
         They are the same for every run on the same data set. Raises UserError when none would be left.
         """
         if count >= len(self.textures):
-            raise UserError(f"data.validation_textures {count} leaves none of {len(self.textures)} textures to "
-                            "train on; set it lower, 0 holds none out")  # fmt: skip
+            raise UserError(
+                f"data.validation_textures {count} leaves none of {len(self.textures)} textures to train on; "
+                "set it lower, 0 holds none out"
+            )
         chosen = set(np.random.default_rng(0).permutation(len(self.textures))[:count].tolist())
-        held_out, first = copy.copy(self), {}
+        held_out, first_rows, kept_rows = copy.copy(self), {}, []
         for row in self.rows.tolist():
             if self._texture_row(row) in chosen:
-                first.setdefault(self._texture_row(row), row)
-        held_out.rows = np.array(sorted(first.values()), np.int64)
-        self.rows = np.array([row for row in self.rows.tolist() if self._texture_row(row) not in chosen], np.int64)
+                first_rows.setdefault(self._texture_row(row), row)
+            else:
+                kept_rows.append(row)
+        held_out.rows = np.array(sorted(first_rows.values()), np.int64)
+        self.rows = np.array(kept_rows, np.int64)
         return held_out
 
     def __len__(self) -> int:
@@ -162,9 +164,10 @@ class ATLASLarge(Dataset):
         """
         if not self._has_images:
             return rng.permutation(len(self))
-        place = np.empty(len(self.textures), np.int64)
-        place[rng.permutation(len(self.textures))] = np.arange(len(self.textures)) // TEXTURES_KEPT
-        return np.lexsort((rng.permutation(len(self)), place[np.asarray(self.texture_rows)[self.rows]]))
+        group = np.empty(len(self.textures), np.int64)  # of each texture
+        group[rng.permutation(len(self.textures))] = np.arange(len(self.textures)) // TEXTURES_KEPT
+        group_of_row = group[np.asarray(self.texture_rows)[self.rows]]
+        return np.lexsort((rng.permutation(len(self)), group_of_row))
 
     def __iter__(self) -> Iterator[dict]:
         return (self[index] for index in range(len(self)))
@@ -172,18 +175,18 @@ class ATLASLarge(Dataset):
     def __getitem__(self, index: int) -> dict:
         row = int(self.rows[index % len(self)])
         texture_row, cached = self._texture_row(row), self.cached
-        found = {"prompt": self.prompts[texture_row], "texture_id": texture_row}
+        sample = {"prompt": self.prompts[texture_row], "texture_id": texture_row}
         if "posterior" in cached:
-            found["posterior"] = cached["posterior"][texture_row]
+            sample["posterior"] = cached["posterior"][texture_row]
         else:
-            found["texture"] = self.texture(texture_row)
+            sample["texture"] = self.texture(texture_row)
         if "text_states" in cached:
-            found["text_states"] = cached["text_states"][texture_row]
+            sample["text_states"] = cached["text_states"][texture_row]
         if "image_tokens" in cached:
-            found["image_tokens"] = cached["image_tokens"][row]
+            sample["image_tokens"] = cached["image_tokens"][row]
         elif self._has_images:
-            found["image"] = self.image(row, index)
-        return found
+            sample["image"] = self.image(row, index)
+        return sample
 
     def picture(self, index: int) -> Tensor:
         """The render that row `index` shows, cached or not: (3, *image_size) in [-1, 1]."""
@@ -193,9 +196,8 @@ class ATLASLarge(Dataset):
         """Stored render `row`, or the fresh render number `number` of its texture."""
         if self.fresh_render:
             return self.fresh_render(self.texture_rows[row], number)
-        return prepare_image(
-            self._open(self.renders[row]["image"], f"image of row {row}", max(self.image_size)), self.image_size
-        )
+        image = self._open(self.renders[row]["image"], f"image of row {row}", max(self.image_size))
+        return prepare_image(image, self.image_size)
 
     def texture(self, row: int) -> Tensor:
         """Texture `row`, kept for the next of its renders: a small set is decoded once in all."""

@@ -44,8 +44,10 @@ class HuggingFaceATLAS(Dataset):
             raise UserError("ATLAS keeps its prompts apart; give their file with --prompts")
         self.prompts = read_prompts(prompts)
         if len(self.rows) > len(self.prompts):
-            raise UserError(f"{len(self.rows)} textures in {source} but {len(self.prompts)} prompts in {prompts}; "
-                            "give a line for each texture")  # fmt: skip
+            raise UserError(
+                f"{len(self.rows)} textures in {source} but {len(self.prompts)} prompts in {prompts}; "
+                "give a line for each texture"
+            )
 
     @staticmethod
     def _open_atlas(source: str, cache_dir: str | None) -> datasets.Dataset:

@@ -76,7 +76,8 @@ def mean_over_processes(tensors: list[torch.Tensor]) -> None:
         group = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.flatten() for tensor in group])
         dist.all_reduce(flat)
-        for tensor, mean in zip(group, (flat / world_size()).split([tensor.numel() for tensor in group])):
+        means = (flat / world_size()).split([tensor.numel() for tensor in group])
+        for tensor, mean in zip(group, means):
             tensor.copy_(mean.view_as(tensor))
 
 
