@@ -176,7 +176,11 @@ def load_model(kind: str, path: Path):
 def split_spec(spec: str) -> tuple[str, Path, Path]:
     """ "smpl:MODEL" or "smpl:MODEL,UVS.obj" → kind, model path, UV template's path."""
     kind, _, paths = spec.partition(":")
-    path, _, uvs = paths.partition(",")
+    commas = [index for index, letter in enumerate(paths) if letter == ","]
+    path, uvs = paths, ""
+    if commas and not Path(paths).exists():  # a folder's name may have commas too
+        splits = [(paths[:comma], paths[comma + 1 :]) for comma in commas]
+        path, uvs = max(splits, key=lambda split: (Path(split[0]).exists(), Path(split[1]).is_file()))
     model = Path(path)
     folder = model.parent if model.is_file() else model
     name = "smplx_uv.obj" if kind == "smplx" else "smpl_uv.obj"
@@ -188,7 +192,7 @@ def load_smpl_body(spec: str) -> Body:
     """The neutral body at rest, with the texture coordinates of the user's UV template."""
     kind, path, template = split_spec(spec)
     if not template.is_file():
-        raise UserError(f"no UV template {template}; put it there or write {spec.partition(',')[0]},UV_TEMPLATE.obj")
+        raise UserError(f"no UV template {template}; put it there or write {kind}:{path},UV_TEMPLATE.obj")
     uvs = read_obj(str(template))
     vertices = smpl_vertices(spec, np.zeros((1, 156), np.float32), np.zeros((1, 10), np.float32), ["neutral"])[0]
     faces = torch.as_tensor(np.asarray(load_model(kind, model_files(path)["neutral"]).faces)).long()

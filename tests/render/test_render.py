@@ -159,7 +159,7 @@ def test_anny_is_upright_in_metres():
         ("v 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nf 1/1 2/1 3/7\n", "UV index is outside"),
         ("v 0 nan 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nf 1/1 2/1 3/1\n", "not a finite number"),
         ("v 0 zero 0\n", "line 1"),
-        ("v 0 0\nvt 0 0\nf 1/1 1/1 1/1\n", "without 3"),
+        ("v 0 0\nvt 0 0\nf 1/1 1/1 1/1\n", "line 1: 2 numbers, not 3"),
     ],
 )
 def test_bad_meshes_are_refused(tmp_path, content, message):
