@@ -6,6 +6,7 @@ SMPL: Loper et al. 2015. SMPL+H: Romero et al. 2017. SMPL-X: Pavlakos et al. 201
 import functools
 import io
 import pickle
+import re
 import tempfile
 import zipfile
 from pathlib import Path
@@ -21,21 +22,77 @@ KINDS = ("smpl", "smplh", "smplx")
 NEEDED = ("v_template", "f", "weights", "shapedirs", "posedirs", "J_regressor", "kintree_table")
 EXTRA = ("hands_meanl", "hands_meanr", "joint2num")
 GENDERS = ("neutral", "female", "male")
-# What a pickle may name: arrays, sparse matrices, and chumpy's, which becomes a placeholder.
+JOINT_COUNTS = {"smpl": 24, "smplh": 52, "smplx": 55}
+# What a pickle may name of the standard library; arrays and matrices of all kinds become placeholders.
 ALLOWED = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
     ("_codecs", "encode"),
     ("copy_reg", "_reconstructor"),
     ("copyreg", "_reconstructor"),
+    ("__builtin__", "bytes"),
+    ("builtins", "bytes"),
     ("__builtin__", "object"),
     ("builtins", "object"),
     ("collections", "OrderedDict"),
 }
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 FRAMES_PER_SECOND = 2  # of a motion: nearer frames are near-copies
+
+
+class ArrayType:
+    """Stands for numpy's dtype, which takes from a pickle what makes it read numbers as addresses."""
+
+    def __init__(self, code, *_):
+        if not re.fullmatch(r"[<>=|]?[?biufcSUO]\d*", str(code)):
+            raise pickle.UnpicklingError(f"an array of type {code}")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state):
+        _, byte_order, subarray, names, fields, *_ = state
+        if subarray or names or fields:
+            raise pickle.UnpicklingError("an array with fields")
+        self.dtype = self.dtype.newbyteorder(byte_order)
+
+
+class Array:
+    """Stands for numpy's ndarray."""
+
+    def __setstate__(self, state):
+        _, shape, array_type, is_fortran, values = state
+        if array_type.dtype.hasobject:
+            self.data = np.empty(len(values), object)
+            for index, value in enumerate(values):
+                self.data[index] = _plain(value)
+        else:
+            self.data = _numbers(values, array_type)
+        self.data = self.data.reshape(shape, order="F" if is_fortran else "C")
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.data, dtype=dtype, copy=copy)
+
+
+def _array_to_fill(*_) -> Array:
+    return Array()
+
+
+def _array_of_buffer(buffer, array_type, shape, order) -> np.ndarray:
+    return _numbers(buffer, array_type).reshape(shape, order=order)
+
+
+def _scalar(array_type, data):
+    return _numbers(data, array_type)[0]
+
+
+def _numbers(data, array_type: ArrayType) -> np.ndarray:
+    """(N,) from bytes, which Python 2 wrote as what is read as Latin-1. Raises ValueError for objects."""
+    data = data.encode("latin1") if isinstance(data, str) else data
+    return np.frombuffer(data, array_type.dtype) if len(data) else np.empty(0, array_type.dtype)
+
+
+NUMPY = {("numpy", "ndarray"): Array, ("numpy", "dtype"): ArrayType}
+for _core in ("numpy.core", "numpy._core"):  # before numpy 2 and since
+    NUMPY[f"{_core}.multiarray", "_reconstruct"] = _array_to_fill
+    NUMPY[f"{_core}.multiarray", "scalar"] = _scalar
+    NUMPY[f"{_core}.numeric", "_frombuffer"] = _array_of_buffer  # protocol 5
 
 
 class ChumpyArray:
@@ -100,13 +157,19 @@ class ArraysOnly(pickle.Unpickler):
             return ChumpyArray
         if module.startswith("scipy.sparse") and name in SPARSE:
             return SPARSE[name]
+        if (module, name) in NUMPY:
+            return NUMPY[module, name]
         if (module, name) in ALLOWED:
-            return super().find_class(module.replace("copy_reg", "copyreg").replace("__builtin__", "builtins"), name)
+            module = module.replace("copy_reg", "copyreg").replace("__builtin__", "builtins")
+            return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no body model needs")
 
 
 def _plain(value):
-    return value.data if isinstance(value, ChumpyArray | SparseArray) else value
+    """A numpy array for what stands for one."""
+    if isinstance(value, Array | ChumpyArray | SparseArray):
+        return value.data
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def read_arrays(path: Path) -> dict:
@@ -117,15 +180,14 @@ def read_arrays(path: Path) -> dict:
                 loaded = ArraysOnly(file, encoding="latin1").load()
             if not isinstance(loaded, dict):
                 raise pickle.UnpicklingError(f"it holds a {type(loaded).__name__}, not a dictionary of arrays")
-            return {key: _plain(value) for key, value in loaded.items()}
+            return _plain(loaded)
         arrays = {}
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 data = io.BytesIO(archive.read(name))
-                read_header = HEADERS[np.lib.format.read_magic(data)]
-                _, _, dtype = read_header(data)
+                _, dtype = _read_header(data)
                 if dtype.hasobject:  # a pickle inside
-                    value = ArraysOnly(data, encoding="latin1").load()
+                    value = _plain(ArraysOnly(data, encoding="latin1").load())
                 else:
                     data.seek(0)
                     value = np.lib.format.read_array(data, allow_pickle=False)
@@ -135,19 +197,69 @@ def read_arrays(path: Path) -> dict:
         raise UserError(f"cannot read {path}: {reason(error)}; give the original .npz or .pkl file") from None
 
 
-def model_files(path: Path) -> dict[str, Path]:
-    """Gender → model file. path: one file, for every gender, or a folder with one for each."""
+def _read_header(data) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of the array in an open .npy file, which is then at the array's values."""
+    shape, _, dtype = HEADERS[np.lib.format.read_magic(data)](data)
+    return shape, dtype
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the arrays in a .npz file, without reading them, or in a .pkl. Raises UserError."""
+    if path.suffix == ".pkl":
+        return {key: np.shape(value) for key, value in read_arrays(path).items()}
+    try:
+        shapes = {}
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                with archive.open(name) as data:
+                    shapes[name.removesuffix(".npy")], _ = _read_header(data)
+        return shapes
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"cannot read {path}: {reason(error)}; give the original .npz file") from None
+
+
+@functools.lru_cache(maxsize=8)
+def model_files(kind: str, path: Path) -> dict[str, Path]:
+    """Gender → model file. path: one file, for every gender, or a folder with one for each.
+
+    In a folder, files that hold something else than a model of that kind are passed over. Raises UserError,
+    with what is wrong with each, when no file is left.
+    """
     if path.is_file():
         return {gender: path for gender in GENDERS}
-    files = {}
+    files, faults = {}, []
     for file in sorted(path.rglob("*")) if path.is_dir() else []:
-        if file.suffix in (".npz", ".pkl"):
-            words = str(file.relative_to(path)).lower().replace("female", "f_gender").replace("_f_", "f_gender")
-            gender = "female" if "f_gender" in words else "male" if "male" in words or "_m_" in words else "neutral"
-            files.setdefault(gender, file)
+        gender = _gender_of(str(file.relative_to(path)).lower())
+        if file.suffix not in (".npz", ".pkl") or gender in files:
+            continue
+        if fault := _model_fault(kind, file):
+            faults.append(f"{file.relative_to(path)} ({fault})")
+        else:
+            files[gender] = file
     if not files:
-        raise UserError(f"no body model at {path}; give a .npz or .pkl file, or a folder of them")
+        passed_over = f" (passed over: {', '.join(faults)})" if faults else ""
+        raise UserError(f"no {kind} body model at {path}{passed_over}; give a .npz or .pkl file, or a folder of them")
     return {gender: files.get(gender, next(iter(files.values()))) for gender in GENDERS}
+
+
+def _gender_of(name: str) -> str:
+    """As the files of the models' authors are named: SMPL_FEMALE.pkl, basicmodel_f_lbs_10_207_0_v1.1.0.pkl."""
+    if "female" in name or "_f_" in name:
+        return "female"
+    return "male" if "male" in name or "_m_" in name else "neutral"
+
+
+def _model_fault(kind: str, file: Path) -> str:
+    """Why a file holds no model of that kind; "" if it does."""
+    try:
+        shapes = read_shapes(file)
+    except UserError as error:
+        return str(error)
+    missing = [key for key in NEEDED if key not in shapes]
+    if missing:
+        return f"lacks {missing[0]}"
+    joints = shapes["weights"][-1:]
+    return "" if joints == (JOINT_COUNTS[kind],) else f"weights of shape {shapes['weights']}"
 
 
 @functools.lru_cache(maxsize=4)
@@ -195,7 +307,7 @@ def load_smpl_body(spec: str) -> Body:
         raise UserError(f"no UV template {template}; put it there or write {kind}:{path},UV_TEMPLATE.obj")
     uvs = read_obj(str(template))
     vertices = smpl_vertices(spec, np.zeros((1, 156), np.float32), np.zeros((1, 10), np.float32), ["neutral"])[0]
-    faces = torch.as_tensor(np.asarray(load_model(kind, model_files(path)["neutral"]).faces)).long()
+    faces = torch.as_tensor(np.asarray(load_model(kind, model_files(kind, path)["neutral"]).faces)).long()
     if len(vertices) != len(uvs.vertices) or not torch.equal(faces.sort(1).values, uvs.faces.sort(1).values):
         raise UserError(
             f"{template} is not the UV template of {path}: {len(uvs.vertices)} vertices and {len(uvs.faces)} faces "
@@ -211,7 +323,7 @@ def smpl_vertices(spec: str, poses: np.ndarray, betas: np.ndarray, genders: list
     SMPL has no hands: they stay at rest.
     """
     kind, path, _ = split_spec(spec)
-    files, bodies = model_files(path), []
+    files, bodies = model_files(kind, path), []
     poses, betas = (torch.from_numpy(array).float() for array in (poses, betas))
     for pose, shape, gender in zip(poses, betas, genders):
         model = load_model(kind, files[gender])

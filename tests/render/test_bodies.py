@@ -13,7 +13,7 @@ from common.errors import UserError
 from render.bodies import read_obj
 from render.poses import FAMILIES, JOINT_LIMITS, JOINTS, SIDED, anny_vertices, sample_phenotype, sample_pose
 from render.rigs import load_body, load_rig
-from render.smpl import FRAMES_PER_SECOND, load_model, motion_files, read_amass, read_arrays
+from render.smpl import FRAMES_PER_SECOND, load_model, model_files, motion_files, read_amass, read_arrays
 
 JOINT_COUNT = {"smpl": 24, "smplh": 52, "smplx": 55}
 SHAPE_COUNT = {"smpl": 10, "smplh": 16, "smplx": 400}
@@ -112,8 +112,118 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, mesh):
     assert not trace.exists()
 
 
+@pytest.mark.parametrize(
+    "protocol,home", [(2, "numpy.core"), (2, "numpy._core"), (4, "numpy._core"), (5, "numpy._core")]
+)
+def test_pickles_of_any_protocol_and_numpy(protocol, home, tmp_path, mesh):
+    """With numpy's scalars, and arrays by columns, of other byte orders, empty and of objects."""
+    arrays = model_arrays("smpl", mesh)
+    extras = {
+        "scalar": np.float64(1.5),
+        "count": np.int32(7),
+        "columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "swapped": np.arange(4, dtype=">i4"),
+        "empty": np.zeros((0, 3)),
+        "flags": np.array([True, False]),
+        "words": np.array(["left", "right"]),
+        "objects": np.array({"pelvis": np.int64(0), "lists": [1, 2]}, dtype=object),
+    }
+    data = pickle.dumps({**arrays, **extras}, protocol=protocol)
+    if protocol == 2:  # numpy 1's names or 2's; later protocols count their letters
+        data = data.replace(f"{np._core.__name__}.".encode(), f"{home}.".encode())
+        assert f"{home}.multiarray\nscalar".encode() in data
+    (tmp_path / "model.pkl").write_bytes(data)
+    loaded = read_arrays(tmp_path / "model.pkl")
+    for key, value in {**arrays, **extras}.items():
+        expected = value.toarray() if key == "J_regressor" else value
+        if key == "objects":
+            assert loaded[key].shape == () and loaded[key].item() == expected.item()
+        else:
+            assert np.array_equal(loaded[key], expected) and np.shape(loaded[key]) == np.shape(expected), key
+    assert load_body(f"smpl:{tmp_path / 'model.pkl'},{mesh}").vertices.shape == (8, 3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os system",
+        "builtins eval",
+        "numpy load",
+        "numpy fromfile",
+        "numpy.core.multiarray fromfile",
+        "numpy._core.multiarray _reconstruct.__globals__",
+        "numpy._core.numeric fromfile",
+        "numpy.lib.npyio load",
+        "render.smpl read_arrays",
+    ],
+)
+def test_a_pickle_names_numpys_arrays_and_nothing_else(name, tmp_path):
+    module, _, attribute = name.partition(" ")
+    path = tmp_path / "model.pkl"
+    texts = (f"\x8c{chr(len(text))}{text}".encode("latin1") for text in (module, attribute))
+    for pickled in (f"c{module}\n{attribute}\n.".encode(), b"\x80\x04" + b"".join(texts) + b"\x93."):
+        path.write_bytes(pickled)
+        with pytest.raises(UserError, match=f"it names {module}.{attribute}"):
+            read_arrays(path)
+
+
+class OfAddresses:
+    """An array of objects whose type says that it holds none: numpy would follow the bytes as addresses."""
+
+    def __init__(self, fields):
+        self.fields = fields
+
+    def __reduce__(self):
+        kind = TypeWithoutFlags("V8" if self.fields else "O8", self.fields)
+        return np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), (1, (1,), kind, False, b"A" * 8)
+
+
+class TypeWithoutFlags:
+    def __init__(self, code, fields):
+        self.code, self.state = code, (3, "|", None, None, None, -1, -1, 0)
+        if fields:
+            self.state = (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0)
+
+    def __reduce__(self):
+        return np.dtype, (self.code, False, True), self.state
+
+
+class ScalarOfAddresses:
+    def __reduce__(self):
+        return np._core.multiarray.scalar, (np.dtype("O"), b"A" * 8)
+
+
+@pytest.mark.parametrize("hostile", [OfAddresses(False), OfAddresses(True), ScalarOfAddresses()])
+def test_a_pickle_cannot_make_objects_of_bytes(hostile, tmp_path):
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps({"v_template": hostile}))
+    with pytest.raises(UserError, match="cannot read"):
+        read_arrays(tmp_path / "model.pkl")
+
+
+def test_a_folder_with_other_files_beside_the_model(tmp_path, mesh, chumpy):
+    """As SMPL-X comes: lists of vertices whose names sort first, and models of the other kinds."""
+    folder = tmp_path / "models"
+    spec = write_model(folder, "smplx", ".npz", mesh, chumpy)
+    expected = load_body(spec)
+    (folder / "model.npz").rename(folder / "SMPLX_NEUTRAL.npz")
+    (folder / "MANO_SMPLX_vertex_ids.pkl").write_bytes(pickle.dumps({"left_hand": np.arange(3)}))
+    (folder / "A_broken.npz").write_bytes(b"PK nothing")
+    with pytest.raises(UserError) as error:
+        load_body(f"smplh:{folder},{mesh}")
+    message = str(error.value)
+    assert message.startswith(f"no smplh body model at {folder} (passed over: A_broken.npz (cannot read")
+    assert "MANO_SMPLX_vertex_ids.pkl (lacks v_template)" in message
+    assert "SMPLX_NEUTRAL.npz (weights of shape (8, 55))" in message
+    model_files.cache_clear()
+    write_model(folder, "smplh", ".pkl", mesh, chumpy)
+    (folder / "model.pkl").rename(folder / "SMPLH_NEUTRAL.pkl")
+    assert torch.equal(load_body(f"smplx:{folder}").vertices, expected.vertices)
+    assert model_files("smplh", folder)["female"].name == "SMPLH_NEUTRAL.pkl"
+    assert model_files("smplx", folder)["female"].name == "SMPLX_NEUTRAL.npz"
+
+
 def test_smpl_files_that_do_not_fit(tmp_path, mesh, chumpy):
-    with pytest.raises(UserError, match="no body model at"):
+    with pytest.raises(UserError, match="no smpl body model at"):
         load_body(f"smpl:{tmp_path / 'nowhere.npz'},{mesh}")
     spec = write_model(tmp_path / "model", "smpl", ".npz", mesh, chumpy)
     (tmp_path / "model" / "smpl_uv.obj").unlink()
