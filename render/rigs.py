@@ -14,7 +14,7 @@ from torch import Tensor
 from common.errors import UserError
 from render.bodies import Body, load_anny_body, read_obj
 from render.poses import FAMILIES, JOINTS, PHENOTYPE_AXES, anny_vertices, sample_phenotype, sample_pose
-from render.smpl import KINDS, load_smpl_body, motion, motion_files, smpl_vertices
+from render.smpl import KINDS, is_readable_motion, load_smpl_body, motion, motion_files, smpl_vertices
 
 
 def load_body(spec: str) -> Body:
@@ -109,8 +109,13 @@ class SmplRig(StillRig):
     def sample(self, rng: np.random.Generator) -> dict:
         if self.motions is None:
             return _resting(rng.normal(0, 1, SHAPE_COEFFICIENTS).clip(-2, 2).tolist())
-        files = motion_files(self.motions)
-        return _frame_of(files[rng.integers(len(files))], rng)
+        files = list(motion_files(self.motions))
+        while files:
+            file = files[rng.integers(len(files))]
+            if is_readable_motion(file):
+                return _frame_of(file, rng)
+            files.remove(file)
+        raise UserError(f"no file in {self.motions} can be read as an AMASS motion")
 
     def named_pose(self, name: str, seed: int) -> dict:
         if name == "rest":

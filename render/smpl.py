@@ -7,6 +7,7 @@ import functools
 import io
 import pickle
 import re
+import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -35,6 +36,7 @@ ALLOWED = {
     ("collections", "OrderedDict"),
 }
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+POSE_COLUMNS = (72, 156, 165)  # of AMASS, see read_amass
 FRAMES_PER_SECOND = 2  # of a motion: nearer frames are near-copies
 
 
@@ -352,26 +354,39 @@ def read_amass(path: str | Path) -> tuple[np.ndarray, np.ndarray, str]:
     left out) or 72 (SMPL: no hands). Raises UserError for a file that is none of these or holds what is no number.
     """
     arrays = read_arrays(Path(path))
-    if "poses" not in arrays:
-        raise UserError(f"{path} holds no 'poses'; give an AMASS motion (shape files have none)")
     betas = np.zeros(16, np.float32)
     try:
-        poses = np.asarray(arrays["poses"], dtype=np.float64)
+        poses = _whole_poses(arrays)
         given = np.asarray(arrays.get("betas", betas), dtype=np.float32).reshape(-1)[:16]
-        rate = float(np.asarray(arrays.get("mocap_framerate", arrays.get("mocap_frame_rate", 60))))
-        gender = np.asarray(arrays.get("gender", "neutral")).item()
-    except (TypeError, ValueError) as error:
+        # Rates and genders are 0-dimensional or arrays of one.
+        rate = float(np.ravel(arrays.get("mocap_framerate", arrays.get("mocap_frame_rate", 60)))[0])
+        gender = np.ravel(arrays.get("gender", "neutral"))[0]
+    except KeyError:
+        raise UserError(f"{path} holds no 'poses'; give an AMASS motion (shape files have none)") from None
+    except (TypeError, ValueError, IndexError) as error:
         raise UserError(f"{path} holds what no AMASS motion holds ({reason(error)}); leave it out") from None
-    if poses.ndim != 2 or poses.shape[1] not in (72, 156, 165) or not len(poses):
+    if poses.ndim != 2 or poses.shape[1] not in POSE_COLUMNS or not len(poses):
         raise UserError(f"{path}: poses of shape {poses.shape}; AMASS has 72, 156 or 165 columns")
     betas[: len(given)] = given
     if not (np.isfinite(poses).all() and np.isfinite(betas).all() and np.isfinite(rate)):
         raise UserError(f"{path} holds poses or betas that are no numbers; leave it out")
     poses = poses[:: max(1, round(rate / FRAMES_PER_SECOND))]
     hands = {72: np.zeros((len(poses), 90)), 156: poses[:, 66:156], 165: poses[:, 75:165]}[poses.shape[1]]
-    gender = gender.decode() if isinstance(gender, bytes) else str(gender)
+    gender = (gender.decode() if isinstance(gender, bytes) else str(gender)).lower()
     full = np.concatenate([_facing_front(poses[:, :3]), poses[:, 3:66], hands], axis=1).astype(np.float32)
     return full, betas, gender if gender in GENDERS else "neutral"
+
+
+def _whole_poses(arrays: dict) -> np.ndarray:
+    """(F, 72, 156 or 165): `poses` or, in files that have it in pieces only, root, body and hands.
+
+    Raises KeyError when there are neither, ValueError when the pieces do not fit.
+    """
+    if "poses" in arrays:
+        return np.asarray(arrays["poses"], dtype=np.float64)
+    root, body = (np.asarray(arrays[name], dtype=np.float64) for name in ("root_orient", "pose_body"))
+    hands = np.asarray(arrays.get("pose_hand", np.zeros((len(root), 90))), dtype=np.float64)
+    return np.concatenate([root, body, hands], axis=1)
 
 
 def _facing_front(root: np.ndarray) -> np.ndarray:
@@ -386,12 +401,46 @@ def _facing_front(root: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def motion_files(folder: str) -> tuple[Path, ...]:
-    """The motions below a folder, in the order of their names; AMASS's shape files are left out."""
+    """The motions below a folder, in the order of their names; AMASS's shape files are left out.
+
+    Files that are no motions by what they hold are passed over, with one warning on stderr. Raises UserError
+    when none is left.
+    """
     files = sorted(Path(folder).rglob("*.npz"))
     files = [path for path in files if not path.stem.endswith(("shape", "_stagei"))]
-    if not files:
-        raise UserError(f"no AMASS motions (.npz) in {folder}")
-    return tuple(files)
+    faults = {path: _motion_fault(path) for path in files}
+    motions = tuple(path for path in files if not faults[path])
+    passed_over = [f"{path.relative_to(folder)} ({fault})" for path, fault in faults.items() if fault]
+    if not motions:
+        reasons = f": {', '.join(passed_over)}" if passed_over else ""
+        raise UserError(f"no AMASS motions (.npz) in {folder}{reasons}")
+    if passed_over:
+        count = f"{len(passed_over)} of {len(files)}"
+        print(f"warning: {count} files in {folder} are passed over: {', '.join(passed_over)}", file=sys.stderr)
+    return motions
+
+
+def _motion_fault(path: Path) -> str:
+    """Why a file is no motion, from the shapes of its arrays alone; "" if it is one."""
+    try:
+        shapes = read_shapes(path)
+    except UserError as error:
+        return str(error)
+    if "poses" not in shapes:
+        return "" if {"root_orient", "pose_body"} <= shapes.keys() else "holds no poses"
+    is_usual = len(shapes["poses"]) == 2 and shapes["poses"][0] and shapes["poses"][1] in POSE_COLUMNS
+    return "" if is_usual else f"poses of shape {shapes['poses']}"
+
+
+@functools.cache
+def is_readable_motion(file: Path) -> bool:
+    """Whether `read_amass` takes it; if not, says so on stderr, once."""
+    try:
+        motion(file)
+    except UserError as error:
+        print(f"warning: {error}; it is passed over", file=sys.stderr)
+        return False
+    return True
 
 
 motion = functools.lru_cache(maxsize=64)(read_amass)

@@ -288,6 +288,82 @@ def test_bad_motions_are_refused_by_name(arrays, message, tmp_path):
         read_amass(tmp_path / "walk.npz")
 
 
+@pytest.mark.parametrize(
+    "stored,gender",
+    [
+        (np.array("female"), "female"),
+        (np.array(["Female"]), "female"),
+        (np.array(b"male"), "male"),
+        (np.array("MALE", dtype=object), "male"),
+        (np.array("unknown"), "neutral"),
+    ],
+)
+@pytest.mark.parametrize("rate_key", ["mocap_framerate", "mocap_frame_rate"])
+def test_rates_and_genders_in_arrays(rate_key, stored, gender, tmp_path):
+    arrays = {"poses": np.zeros((240, 165)), "gender": stored, rate_key: np.array([120.0]), "betas": np.ones((1, 16))}
+    np.savez(tmp_path / "walk.npz", surface_model_type="smplx", **arrays)
+    poses, betas, read_gender = read_amass(tmp_path / "walk.npz")
+    assert len(poses) == 240 * FRAMES_PER_SECOND // 120 and betas.tolist() == [1.0] * 16 and read_gender == gender
+
+
+def test_a_motion_in_pieces(tmp_path):
+    whole = np.random.default_rng(0).normal(0, 0.3, (30, 156))
+    pieces = {"root_orient": whole[:, :3], "pose_body": whole[:, 3:66], "pose_hand": whole[:, 66:]}
+    np.savez(tmp_path / "whole.npz", poses=whole, mocap_frame_rate=30)
+    np.savez(tmp_path / "pieces.npz", **pieces, mocap_frame_rate=30)
+    assert np.array_equal(read_amass(tmp_path / "pieces.npz")[0], read_amass(tmp_path / "whole.npz")[0])
+    del pieces["pose_hand"]
+    np.savez(tmp_path / "pieces.npz", **pieces, mocap_frame_rate=30)
+    poses = read_amass(tmp_path / "pieces.npz")[0]
+    assert np.array_equal(poses[:, :66], read_amass(tmp_path / "whole.npz")[0][:, :66]) and not poses[:, 66:].any()
+
+
+def write_walk(folder, name: str, seed: int) -> None:
+    poses = np.random.default_rng(seed).normal(0, 0.3, (60, 156))
+    np.savez(folder / name, poses=poses, betas=np.zeros(16), mocap_framerate=30)
+
+
+def test_files_that_are_no_motions_are_passed_over_once(tmp_path, mesh, chumpy, capsys):
+    spec, motions = write_model(tmp_path / "model", "smplh", ".npz", mesh, chumpy), tmp_path / "motions"
+    motions.mkdir()
+    write_walk(motions, "b.npz", 0)
+    write_walk(motions, "d.npz", 1)
+    poses = [load_rig(spec, str(motions)).sample(np.random.default_rng(seed)) for seed in range(12)]
+    np.savez(motions / "a.npz", betas=np.zeros(16), gender="female")
+    np.savez(motions / "c.npz", poses=np.zeros((4, 99)))
+    (motions / "e.npz").write_bytes(b"PK torn")
+    assert capsys.readouterr().err == ""
+    motion_files.cache_clear()
+    load_rig.cache_clear()
+    rig = load_rig(spec, str(motions))
+    assert [rig.sample(np.random.default_rng(seed)) for seed in range(12)] == poses, "drawn among the motions alone"
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and f"warning: 3 of 5 files in {motions} are passed over" in warning
+    assert "a.npz (holds no poses)" in warning and "c.npz (poses of shape (4, 99))" in warning
+    assert "e.npz (cannot read" in warning
+    for name in ("b.npz", "d.npz"):
+        (motions / name).unlink()
+    motion_files.cache_clear()
+    with pytest.raises(UserError, match=r"no AMASS motions .*a\.npz \(holds no poses\)"):
+        load_rig(spec, f"{motions}/")
+
+
+def test_a_motion_of_no_numbers_is_passed_over_when_it_is_drawn(tmp_path, mesh, chumpy, capsys):
+    spec, motions = write_model(tmp_path / "model", "smplh", ".npz", mesh, chumpy), tmp_path / "motions"
+    motions.mkdir()
+    np.savez(motions / "a.npz", poses=np.full((60, 156), np.nan))
+    write_walk(motions, "b.npz", 0)
+    rig = load_rig(spec, str(motions))
+    drawn = [[rig.sample(np.random.default_rng(seed)) for seed in seeds] for seeds in (range(12), range(11, -1, -1))]
+    assert drawn[0] == drawn[1][::-1], "whatever was drawn before"
+    assert np.isfinite([pose["pose"] for pose in drawn[0]]).all()
+    assert capsys.readouterr().err.count("a.npz holds poses or betas that are no numbers") == 1
+    (motions / "b.npz").unlink()
+    motion_files.cache_clear()
+    with pytest.raises(UserError, match="can be read as an AMASS motion"):
+        rig.sample(np.random.default_rng(0))
+
+
 def test_motions_pose_an_smpl_body(tmp_path, mesh, chumpy):
     spec = write_model(tmp_path / "model", "smplh", ".npz", mesh, chumpy)
     motions = tmp_path / "motions" / "subject"
