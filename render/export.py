@@ -22,6 +22,17 @@ from render.uv_space import texture_pixels
 
 SUFFIXES = (".glb", ".obj", ".usdz")
 INFLUENCES = 8  # bones that move a vertex, at most
+# Wavefront's MTL, illumination model 1: ambient and diffuse light, no highlight. Its colours multiply the texture,
+# so that white leaves it as it is.
+MATERIAL = """\
+newmtl {name}
+Ka 1 1 1
+Kd 1 1 1
+Ks 0 0 0
+d 1
+illum 1
+map_Kd {name}.png
+"""
 COMPONENT_TYPES = {"f": gltf.FLOAT, "I": gltf.UNSIGNED_INT, "H": gltf.UNSIGNED_SHORT}  # by numpy's letter
 
 
@@ -238,18 +249,16 @@ def quaternions(matrices: torch.Tensor) -> torch.Tensor:
 def write_obj(path: Path, mesh: Surface, picture: bytes) -> None:
     import trimesh
 
-    with tempfile.TemporaryDirectory() as folder:
-        image = Image.open(_saved(folder, "in.png", picture))
-        material = trimesh.visual.material.SimpleMaterial(image=image)
-        material.name = path.stem
-        visual = trimesh.visual.TextureVisuals(uv=mesh.uvs, material=material)
-        normals = mesh.normals
-        scene = trimesh.Trimesh(mesh.positions, mesh.faces, vertex_normals=normals, visual=visual, process=False)
-        text, files = trimesh.exchange.obj.export_obj(
-            scene, include_normals=True, return_texture=True, mtl_name=f"{path.stem}.mtl"
-        )
-    for name, data in files.items():
-        write_whole(path.with_name(name), picture if name.endswith(".png") else data)
+    # The image stands for the texture: what trimesh writes of it and of the material is not used.
+    material = trimesh.visual.material.SimpleMaterial(image=Image.new("RGB", (1, 1)), name=path.stem)
+    visual = trimesh.visual.TextureVisuals(uv=mesh.uvs, material=material)
+    normals = mesh.normals
+    scene = trimesh.Trimesh(mesh.positions, mesh.faces, vertex_normals=normals, visual=visual, process=False)
+    text, _ = trimesh.exchange.obj.export_obj(
+        scene, include_normals=True, return_texture=True, mtl_name=f"{path.stem}.mtl"
+    )
+    write_whole(path.with_suffix(".png"), picture)
+    write_whole(path.with_suffix(".mtl"), MATERIAL.format(name=path.stem).encode())
     write_whole(path, text.encode())
 
 

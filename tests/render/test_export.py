@@ -22,7 +22,7 @@ from render.lights import ambient_light
 from render.rigs import AnnyRig, load_rig
 from render.shading import render_views
 
-VALIDATOR = Path(__file__).parent / "node_modules" / "gltf-validator"
+VALIDATOR = Path(__file__).parents[1] / "node_modules" / "gltf-validator"
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +140,21 @@ def test_annys_glb_keeps_a_skeleton_that_holds_the_pose(texture, tmp_path):
         corners = np.stack([rig.body.faces.numpy().ravel(), rig.body.uv_faces.numpy().ravel()], 1)
         vertex = np.unique(corners, axis=0)[:, 0]
         assert np.abs(posed - rig.vertices([pose])[0].numpy()[vertex]).max() < 1e-3
+
+
+def test_the_objs_material_leaves_the_texture_as_it_is(texture, tmp_path, mesh):
+    """Wavefront's MTL: colours multiply maps, and illumination model 1 has no highlight."""
+    rig = load_rig(f"obj:{mesh}")
+    export_body(tmp_path / "body.v1.obj", rig, rig.named_pose("rest", 0), texture)
+    lines = [line.split() for line in (tmp_path / "body.v1.mtl").read_text().splitlines()]
+    material = {keyword: values for keyword, *values in lines}
+    assert len(lines) == len(material) and set(material) == {"newmtl", "Ka", "Kd", "Ks", "d", "illum", "map_Kd"}
+    colours = {keyword: [float(value) for value in material[keyword]] for keyword in ("Ka", "Kd", "Ks", "d")}
+    assert colours == {"Ka": [1, 1, 1], "Kd": [1, 1, 1], "Ks": [0, 0, 0], "d": [1]} and material["illum"] == ["1"]
+    with Image.open(tmp_path / material["map_Kd"][0]) as image:
+        assert np.array_equal(np.asarray(image), np.asarray(texture))
+    statements = [line.split() for line in (tmp_path / "body.v1.obj").read_text().splitlines()]
+    assert ["mtllib", "body.v1.mtl"] in statements and ["usemtl", *material["newmtl"]] in statements
 
 
 @pytest.mark.skipif(not VALIDATOR.exists() or not shutil.which("node"), reason="npm install --prefix tests")
