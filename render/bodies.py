@@ -85,8 +85,12 @@ def read_obj(path: str) -> Body:
     [0, 1] are moved there by whole numbers, as textures repeat. Raises UserError for what cannot be read and
     for UVs in several squares.
     """
+    try:
+        text = read_text(path, errors="replace")  # names and comments may be in any encoding
+    except UserError as error:
+        raise UserError(f"cannot read mesh {str(error).removeprefix('cannot read ')}; {EXPECTED}") from None
     vertices, uvs, faces, uv_faces = [], [], [], []
-    for number, line in _obj_lines(read_text(path, errors="replace")):
+    for number, line in _obj_lines(text):
         kind, *fields = line.split() or [""]
         try:
             if kind == "v":  # colours or a weight may follow

@@ -21,7 +21,20 @@ from render.rigs import AnnyRig, StillRig
 from render.uv_space import texture_pixels
 
 SUFFIXES = (".glb", ".obj", ".usdz")
-INFLUENCES = 8  # bones that move a vertex, at most
+# Bones that move a vertex in a GLB, at most: Anny has up to 9. glTF asks no loader for more than 4, with which
+# vertices are up to 19 mm away in Anny's poses (0.1 on average); with 8 of which 4 are read, up to 360 mm.
+INFLUENCES = (4, 8)
+# Wavefront's MTL, illumination model 1: ambient and diffuse light, no highlight. Its colours multiply the texture,
+# so that white leaves it as it is.
+MATERIAL = """\
+newmtl {name}
+Ka 1 1 1
+Kd 1 1 1
+Ks 0 0 0
+d 1
+illum 1
+map_Kd {name}.png
+"""
 COMPONENT_TYPES = {"f": gltf.FLOAT, "I": gltf.UNSIGNED_INT, "H": gltf.UNSIGNED_SHORT}  # by numpy's letter
 
 
@@ -54,16 +67,21 @@ def surface(body, vertices: torch.Tensor) -> Surface:
     )
 
 
-def export_body(path: str | Path, rig: StillRig, pose: dict, texture: Image.Image) -> None:
+def export_body(
+    path: str | Path, rig: StillRig, pose: dict, texture: Image.Image, influences: int = INFLUENCES[0]
+) -> None:
     """Writes a body in a pose (of `rig.named_pose` or `rig.sample`) with its texture; whole or not at all.
 
-    An OBJ comes with its .mtl and .png beside it. Raises UserError for another suffix.
+    influences: bones that move a vertex of a GLB, at most; 8 is nearer, where a loader reads as many. An OBJ
+    comes with its .mtl and .png beside it. Raises UserError for another suffix or number of bones.
     """
     path = Path(path)
+    if influences not in INFLUENCES:
+        raise UserError(f"{influences} bones a vertex: a GLB is written with {' or '.join(map(str, INFLUENCES))}")
     pixels = texture_pixels(texture, texture.width)  # opaque: colours run on outside the islands
     picture = encode_image(image_from_pixels(pixels), format="PNG")
     if path.suffix == ".glb":
-        write_whole(path, glb(rig, pose, picture))
+        write_whole(path, glb(rig, pose, picture, influences))
     elif path.suffix == ".obj":
         write_obj(path, surface(rig.body, rig.vertices([pose])[0]), picture)
     elif path.suffix == ".usdz":
@@ -156,9 +174,9 @@ class GlbWriter:
         self.blob.extend(b"\0" * (-len(self.blob) % 4))
 
 
-def glb(rig: StillRig, pose: dict, picture: bytes) -> bytes:
+def glb(rig: StillRig, pose: dict, picture: bytes, influences: int) -> bytes:
     """glTF 2.0 in one file; Anny stands at rest in its mesh, and its skeleton holds the pose."""
-    skeleton = anny_skeleton(rig, pose) if isinstance(rig, AnnyRig) else None
+    skeleton = anny_skeleton(rig, pose, influences) if isinstance(rig, AnnyRig) else None
     mesh = surface(rig.body, skeleton.vertices if skeleton else rig.vertices([pose])[0])
     writer = GlbWriter()
     attributes = writer.add_mesh(mesh)
@@ -166,7 +184,7 @@ def glb(rig: StillRig, pose: dict, picture: bytes) -> bytes:
     writer.document.nodes.append(node)
     roots = [0]
     if skeleton:
-        for number in range(INFLUENCES // 4):
+        for number in range(influences // 4):
             columns = slice(4 * number, 4 * number + 4)
             joints, weights = skeleton.joints[mesh.vertex, columns], skeleton.weights[mesh.vertex, columns]
             setattr(attributes, f"JOINTS_{number}", writer.add_array(joints, gltf.VEC4))
@@ -183,7 +201,7 @@ class Skeleton:
     """Anny's mesh at rest and its J bones in a pose.
 
     vertices: (V, 3) at rest. names, parents: (J,), -1 for the root. translations (J, 3) and rotations
-    (J, 4; x y z w) of each bone in its parent. inverse_bind: (J, 4, 4). joints, weights: (V, INFLUENCES).
+    (J, 4; x y z w) of each bone in its parent. inverse_bind: (J, 4, 4). joints, weights: (V, influences).
     """
 
     vertices: torch.Tensor
@@ -197,14 +215,15 @@ class Skeleton:
 
 
 @torch.no_grad()
-def anny_skeleton(rig: AnnyRig, pose: dict) -> Skeleton:
+def anny_skeleton(rig: AnnyRig, pose: dict, influences: int) -> Skeleton:
     model, (output, to_ours) = load_anny(), anny_in_our_axes(*rig.parameters([pose]))
     bone_poses = (output[name][0].float() for name in ("rest_bone_poses", "bone_poses"))
     resting, posed = ((to_ours @ matrices).double() for matrices in bone_poses)
     parents = np.array([-1 if bone == 0 else int(parent) for bone, parent in enumerate(model.bone_parents)])
     to_parent = [torch.eye(4).double() if parent < 0 else torch.linalg.inv(posed[parent]) for parent in parents]
     in_parent = torch.stack(to_parent) @ posed
-    joints, weights = strongest_bones(model.vertex_bone_indices, model.vertex_bone_weights.float())
+    bones = model.vertex_bone_indices, model.vertex_bone_weights.float()
+    joints, weights = strongest_bones(*bones, influences)
     homogeneous = torch.nn.functional.pad(output["rest_vertices"][0].float(), (0, 1), value=1.0)
     return Skeleton(
         vertices=(homogeneous @ to_ours.T)[:, :3],
@@ -218,11 +237,11 @@ def anny_skeleton(rig: AnnyRig, pose: dict) -> Skeleton:
     )
 
 
-def strongest_bones(joints: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """joints, weights: (V, B) → those of each vertex's INFLUENCES strongest, strongest first, sum 1."""
+def strongest_bones(joints: torch.Tensor, weights: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """joints, weights: (V, B) → (V, count) of each vertex's strongest, strongest first, weights of sum 1."""
     weights, order = weights.sort(dim=1, descending=True)
-    weights, joints = weights[:, :INFLUENCES], joints.gather(1, order[:, :INFLUENCES])
-    missing = max(0, INFLUENCES - weights.shape[1])
+    weights, joints = weights[:, :count], joints.gather(1, order[:, :count])
+    missing = max(0, count - weights.shape[1])
     weights, joints = (torch.nn.functional.pad(each, (0, missing)) for each in (weights, joints))
     weights = weights / weights.sum(1, keepdim=True)
     return torch.where(weights > 0, joints, 0), weights  # unused places name bone 0, as glTF asks
@@ -238,18 +257,16 @@ def quaternions(matrices: torch.Tensor) -> torch.Tensor:
 def write_obj(path: Path, mesh: Surface, picture: bytes) -> None:
     import trimesh
 
-    with tempfile.TemporaryDirectory() as folder:
-        image = Image.open(_saved(folder, "in.png", picture))
-        material = trimesh.visual.material.SimpleMaterial(image=image)
-        material.name = path.stem
-        visual = trimesh.visual.TextureVisuals(uv=mesh.uvs, material=material)
-        normals = mesh.normals
-        scene = trimesh.Trimesh(mesh.positions, mesh.faces, vertex_normals=normals, visual=visual, process=False)
-        text, files = trimesh.exchange.obj.export_obj(
-            scene, include_normals=True, return_texture=True, mtl_name=f"{path.stem}.mtl"
-        )
-    for name, data in files.items():
-        write_whole(path.with_name(name), picture if name.endswith(".png") else data)
+    # The image stands for the texture: what trimesh writes of it and of the material is not used.
+    material = trimesh.visual.material.SimpleMaterial(image=Image.new("RGB", (1, 1)), name=path.stem)
+    visual = trimesh.visual.TextureVisuals(uv=mesh.uvs, material=material)
+    normals = mesh.normals
+    scene = trimesh.Trimesh(mesh.positions, mesh.faces, vertex_normals=normals, visual=visual, process=False)
+    text, _ = trimesh.exchange.obj.export_obj(
+        scene, include_normals=True, return_texture=True, mtl_name=f"{path.stem}.mtl"
+    )
+    write_whole(path.with_suffix(".png"), picture)
+    write_whole(path.with_suffix(".mtl"), MATERIAL.format(name=path.stem).encode())
     write_whole(path, text.encode())
 
 
