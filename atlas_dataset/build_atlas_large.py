@@ -18,7 +18,7 @@ import datasets
 
 from atlas_dataset.building import build_dataset, verify_dataset
 from atlas_dataset.dataset import INFO_FILE
-from common.errors import UserError, exit_on_user_error
+from common.errors import UserError, exit_on_user_error, exit_when_stopped
 from common.files import push_folder
 from config.configuration import DEFAULT_CONFIG, dotted_overrides, load_config
 from embedded.sources import is_procedural, open_textures
@@ -44,7 +44,7 @@ def main():
     args, overrides = parser.parse_known_args()
     datasets.disable_progress_bars()
 
-    with exit_on_user_error():
+    with exit_when_stopped("the same command goes on after the last whole shard"), exit_on_user_error():
         if args.verify:
             counts = verify_dataset(args.out)
             print(f"{args.out} is whole: {counts['textures']} textures and {counts['renders']} renders")

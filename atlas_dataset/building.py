@@ -16,7 +16,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import datasets
@@ -30,7 +29,7 @@ from atlas_dataset.dataset import INFO_FILE
 from atlas_dataset.views import render_texture
 from common import processes
 from common.errors import UserError, reason
-from common.files import check_writable, temporary_name, write_whole
+from common.files import check_writable, remove_partial_files, temporary_name, write_whole
 from common.pictures import encode_image, image_from_pixels, open_image
 from config.configuration import Render
 from render.rigs import load_rig
@@ -151,12 +150,16 @@ def build_dataset(
     total = len(source) * views
     others = min((len(shards) - len(own_shards)) * TEXTURES_PER_SHARD * views, total)
     progress = tqdm(total=total, initial=others, desc="renders", unit="row")
-    with _renderers(workers) as pool, progress:
-        for shard in own_shards:
-            first = shard * TEXTURES_PER_SHARD
-            texture_ids = range(first, min(first + TEXTURES_PER_SHARD, len(source)))
-            results = _in_turn(pool, recipe.rows, source, texture_ids, ahead=2 * workers)
-            _write_shard(out, shard, results, progress, views, info)
+    try:
+        with progress, _renderers(workers) as pool:
+            for shard in own_shards:
+                first = shard * TEXTURES_PER_SHARD
+                texture_ids = range(first, min(first + TEXTURES_PER_SHARD, len(source)))
+                results = _in_turn(pool, recipe.rows, source, texture_ids, ahead=2 * workers)
+                _write_shard(out, shard, results, progress, views, info)
+    except BaseException:  # Ctrl-C too, which comes at any line
+        remove_partial_files(out)
+        raise
     if all(_shard_files(out, shard)[1].exists() for shard in shards):
         _finish(out, info, shards)
     return out
@@ -172,7 +175,7 @@ def _shard_files(out: Path, shard: int) -> tuple[Path, Path, Path]:
 def _renderers(workers: int) -> Iterator[ProcessPoolExecutor | None]:
     """Processes of one thread each: as fast as the cores, and each picture's bytes depend on nothing around it."""
     if workers:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=prepare_renderer) as pool:
+        with processes.worker_pool(workers, prepare_renderer) as pool:
             yield pool
         return
     threads = torch.get_num_threads()
@@ -311,8 +314,7 @@ def _finish(out: Path, info: dict, shards: range) -> None:
     if len(skipped) == info["textures"]:
         raise UserError(f"no texture could be read; the first: {skipped[0]['reason']}")
     write_whole(out / "README.md", DATA_CARD.format(**info).encode())
-    for partial in out.rglob(".*.partial"):  # of starts that were killed
-        partial.unlink(missing_ok=True)
+    remove_partial_files(out, of_all=True)
     _write_json(out / INFO_FILE, {**info, "complete": True})
 
 
