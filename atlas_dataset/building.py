@@ -26,10 +26,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from atlas_dataset.dataset import INFO_FILE
+from atlas_dataset.tables import has_picture, open_saved, read_batches
 from atlas_dataset.views import render_texture
 from common import processes
 from common.errors import UserError, reason
-from common.files import check_writable, remove_partial_files, temporary_name, write_whole
+from common.files import check_writable, is_hidden, remove_partial_files, temporary_name, write_whole
 from common.pictures import encode_image, image_from_pixels, open_image
 from config.configuration import Render
 from render.rigs import load_rig
@@ -258,9 +259,10 @@ class _ParquetWriter:
         self.file, self.features, self.rows = file, features, []
         self.partial = temporary_name(file)
         check_writable(file.parent)
+        self.sink = pyarrow.OSFile(str(self.partial), "wb")  # a path with :: in it would be taken for a URL
         # Pictures are compressed already.
         self.writer = pyarrow.parquet.ParquetWriter(
-            self.partial, features.arrow_schema, compression="none", use_dictionary=False
+            self.sink, features.arrow_schema, compression="none", use_dictionary=False
         )
 
     def add(self, rows: list[dict]) -> None:
@@ -277,6 +279,7 @@ class _ParquetWriter:
         if self.rows:
             self._write_rows()
         self.writer.close()
+        self.sink.close()
 
     def publish(self) -> None:
         os.replace(self.partial, self.file)
@@ -285,6 +288,8 @@ class _ParquetWriter:
         """Removes what was not published."""
         with suppress(OSError):
             self.writer.close()
+        with suppress(OSError):
+            self.sink.close()
         self.partial.unlink(missing_ok=True)
 
 
@@ -340,8 +345,11 @@ def _check_same_settings(file: Path, info: dict) -> dict:
 
 
 def verify_dataset(root: str | Path) -> dict[str, int]:
-    """Decodes every picture of a finished data set → rows of each table. Raises UserError naming what is damaged."""
+    """Decodes every picture of a finished data set, or of one in the seed's layout → rows of each table. Raises
+    UserError naming what is damaged."""
     root = Path(root)
+    if not (root / INFO_FILE).exists() and (root / "state.json").exists():
+        return _verify_seed_layout(root)
     try:
         info = json.loads((root / INFO_FILE).read_text())
         textures, views, complete = info["textures"], info["views"], info["complete"]
@@ -350,11 +358,10 @@ def verify_dataset(root: str | Path) -> dict[str, int]:
     counts = {}
     for table, column in (("textures", "texture"), ("renders", "image")):
         counts[table] = 0
-        files = sorted((root / table).glob("*.parquet"))
+        files = [file for file in sorted((root / table).glob("*.parquet")) if not is_hidden(Path(file.name))]
         for file in tqdm(files, table, unit="shard"):
             try:
-                table_file = pyarrow.parquet.ParquetFile(file)
-                for batch in table_file.iter_batches(ROWS_PER_GROUP, columns=[column]):
+                for batch in read_batches(file, [column]):
                     for picture in batch.column(column).to_pylist():
                         open_image(picture["bytes"], f"row {counts[table]}")
                         counts[table] += 1
@@ -368,3 +375,26 @@ def verify_dataset(root: str | Path) -> dict[str, int]:
     if not complete or counts != {"textures": expected, "renders": expected * views}:
         raise UserError(f"{root} is not finished: {counts}; run its build command again")
     return counts
+
+
+def _verify_seed_layout(root: Path) -> dict[str, int]:
+    try:
+        rows = open_saved(root)
+        columns = [column for column in ("texture", "image") if column in rows.column_names]
+        for column in columns:
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+        whole = {column: int(has_picture(rows, column).sum()) for column in columns}
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        raise UserError(f"cannot read data set {root}: {reason(error)}") from None
+    damaged = []
+    for number, row in enumerate(tqdm(rows.select_columns(columns), "rows", unit="row")):
+        for column in columns:
+            encoded = row[column] and (row[column]["bytes"] or row[column]["path"])
+            try:
+                if encoded:  # without a picture the row is left out
+                    open_image(encoded, f"{column} of row {number}")
+            except UserError as error:
+                damaged.append(str(error))
+    if damaged:
+        raise UserError(f"{len(damaged)} pictures of {root} cannot be read: {' / '.join(damaged[:20])}")
+    return {"textures": whole.get("texture", 0), "renders": whole.get("image", 0)}
