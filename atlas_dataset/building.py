@@ -16,7 +16,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import datasets
@@ -27,13 +26,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from atlas_dataset.dataset import INFO_FILE
+from atlas_dataset.tables import has_picture, open_saved, read_batches
 from atlas_dataset.views import render_texture
 from common import processes
 from common.errors import UserError, reason
-from common.files import check_writable, temporary_name, write_whole
+from common.files import check_writable, is_hidden, remove_partial_files, temporary_name, write_whole
 from common.pictures import encode_image, image_from_pixels, open_image
 from config.configuration import Render
-from render.rigs import load_rig
+from render.rigs import absolute_spec, load_rig
 from render.uv_space import body_pixels
 
 TEXTURES_PER_SHARD = 32
@@ -124,9 +124,7 @@ def build_dataset(
     Raises UserError when out holds a data set built otherwise, when the disk is too small, or when nothing is left.
     """
     out, render = Path(out), render or Render()
-    kind, _, path = body_spec.partition(":")
-    if path:  # the data set is read from anywhere
-        body_spec = f"{kind}:" + ",".join(str(Path(file).resolve()) for file in path.split(","))
+    body_spec = absolute_spec(body_spec)  # the data set is read from anywhere
     info = {
         "body": body_spec, "textures": len(source), "views": views, "height": height, "width": width, "seed": seed,
         "render": render.model_dump(), "licence": licence, "source": source.fingerprint(),
@@ -151,12 +149,16 @@ def build_dataset(
     total = len(source) * views
     others = min((len(shards) - len(own_shards)) * TEXTURES_PER_SHARD * views, total)
     progress = tqdm(total=total, initial=others, desc="renders", unit="row")
-    with _renderers(workers) as pool, progress:
-        for shard in own_shards:
-            first = shard * TEXTURES_PER_SHARD
-            texture_ids = range(first, min(first + TEXTURES_PER_SHARD, len(source)))
-            results = _in_turn(pool, recipe.rows, source, texture_ids, ahead=2 * workers)
-            _write_shard(out, shard, results, progress, views, info)
+    try:
+        with progress, _renderers(workers) as pool:
+            for shard in own_shards:
+                first = shard * TEXTURES_PER_SHARD
+                texture_ids = range(first, min(first + TEXTURES_PER_SHARD, len(source)))
+                results = _in_turn(pool, recipe.rows, source, texture_ids, ahead=2 * workers)
+                _write_shard(out, shard, results, progress, views, info)
+    except BaseException:  # Ctrl-C too, which comes at any line
+        remove_partial_files(out)
+        raise
     if all(_shard_files(out, shard)[1].exists() for shard in shards):
         _finish(out, info, shards)
     return out
@@ -172,7 +174,7 @@ def _shard_files(out: Path, shard: int) -> tuple[Path, Path, Path]:
 def _renderers(workers: int) -> Iterator[ProcessPoolExecutor | None]:
     """Processes of one thread each: as fast as the cores, and each picture's bytes depend on nothing around it."""
     if workers:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=prepare_renderer) as pool:
+        with processes.worker_pool(workers, prepare_renderer) as pool:
             yield pool
         return
     threads = torch.get_num_threads()
@@ -255,9 +257,10 @@ class _ParquetWriter:
         self.file, self.features, self.rows = file, features, []
         self.partial = temporary_name(file)
         check_writable(file.parent)
+        self.sink = pyarrow.OSFile(str(self.partial), "wb")  # a path with :: in it would be taken for a URL
         # Pictures are compressed already.
         self.writer = pyarrow.parquet.ParquetWriter(
-            self.partial, features.arrow_schema, compression="none", use_dictionary=False
+            self.sink, features.arrow_schema, compression="none", use_dictionary=False
         )
 
     def add(self, rows: list[dict]) -> None:
@@ -274,6 +277,7 @@ class _ParquetWriter:
         if self.rows:
             self._write_rows()
         self.writer.close()
+        self.sink.close()
 
     def publish(self) -> None:
         os.replace(self.partial, self.file)
@@ -282,6 +286,8 @@ class _ParquetWriter:
         """Removes what was not published."""
         with suppress(OSError):
             self.writer.close()
+        with suppress(OSError):
+            self.sink.close()
         self.partial.unlink(missing_ok=True)
 
 
@@ -311,8 +317,7 @@ def _finish(out: Path, info: dict, shards: range) -> None:
     if len(skipped) == info["textures"]:
         raise UserError(f"no texture could be read; the first: {skipped[0]['reason']}")
     write_whole(out / "README.md", DATA_CARD.format(**info).encode())
-    for partial in out.rglob(".*.partial"):  # of starts that were killed
-        partial.unlink(missing_ok=True)
+    remove_partial_files(out, of_all=True)
     _write_json(out / INFO_FILE, {**info, "complete": True})
 
 
@@ -338,8 +343,11 @@ def _check_same_settings(file: Path, info: dict) -> dict:
 
 
 def verify_dataset(root: str | Path) -> dict[str, int]:
-    """Decodes every picture of a finished data set → rows of each table. Raises UserError naming what is damaged."""
+    """Decodes every picture of a finished data set, or of one in the seed's layout → rows of each table. Raises
+    UserError naming what is damaged."""
     root = Path(root)
+    if not (root / INFO_FILE).exists() and (root / "state.json").exists():
+        return _verify_seed_layout(root)
     try:
         info = json.loads((root / INFO_FILE).read_text())
         textures, views, complete = info["textures"], info["views"], info["complete"]
@@ -348,11 +356,10 @@ def verify_dataset(root: str | Path) -> dict[str, int]:
     counts = {}
     for table, column in (("textures", "texture"), ("renders", "image")):
         counts[table] = 0
-        files = sorted((root / table).glob("*.parquet"))
+        files = [file for file in sorted((root / table).glob("*.parquet")) if not is_hidden(Path(file.name))]
         for file in tqdm(files, table, unit="shard"):
             try:
-                table_file = pyarrow.parquet.ParquetFile(file)
-                for batch in table_file.iter_batches(ROWS_PER_GROUP, columns=[column]):
+                for batch in read_batches(file, [column]):
                     for picture in batch.column(column).to_pylist():
                         open_image(picture["bytes"], f"row {counts[table]}")
                         counts[table] += 1
@@ -366,3 +373,26 @@ def verify_dataset(root: str | Path) -> dict[str, int]:
     if not complete or counts != {"textures": expected, "renders": expected * views}:
         raise UserError(f"{root} is not finished: {counts}; run its build command again")
     return counts
+
+
+def _verify_seed_layout(root: Path) -> dict[str, int]:
+    try:
+        rows = open_saved(root)
+        columns = [column for column in ("texture", "image") if column in rows.column_names]
+        for column in columns:
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+        whole = {column: int(has_picture(rows, column).sum()) for column in columns}
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        raise UserError(f"cannot read data set {root}: {reason(error)}") from None
+    damaged = []
+    for number, row in enumerate(tqdm(rows.select_columns(columns), "rows", unit="row")):
+        for column in columns:
+            encoded = row[column] and (row[column]["bytes"] or row[column]["path"])
+            try:
+                if encoded:  # without a picture the row is left out
+                    open_image(encoded, f"{column} of row {number}")
+            except UserError as error:
+                damaged.append(str(error))
+    if damaged:
+        raise UserError(f"{len(damaged)} pictures of {root} cannot be read: {' / '.join(damaged[:20])}")
+    return {"textures": whole.get("texture", 0), "renders": whole.get("image", 0)}

@@ -3,6 +3,8 @@
 import functools
 import io
 import itertools
+import mimetypes
+import sys
 from pathlib import Path
 
 import torch
@@ -10,8 +12,12 @@ from PIL import ExifTags, Image, ImageChops, ImageCms, PngImagePlugin
 from torch import Tensor
 
 from common.errors import UserError, reason
+from common.files import is_hidden, natural_order
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tga", ".tif", ".tiff", ".avif", ".gif")
+# Pictures that are not read, of cameras and of editors; `mimetypes` knows more.
+CAMERA_SUFFIXES = (".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw")
+EDITOR_SUFFIXES = (".psd", ".psb", ".xcf", ".kra", ".exr", ".hdr", ".dds", ".ktx", ".ktx2", ".jp2", ".qoi")
 # Pillow refuses a PNG with a text or a profile of more than 1 MB, which editors write. Its limit for all
 # texts of a picture stands, 64 MB: less than the pixels of a picture that it opens may take.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
@@ -115,12 +121,28 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
+    """Whether a file's name says that it is a picture of a kind that is read; hidden files are none."""
+    return path.suffix.lower() in PICTURE_SUFFIXES and not is_hidden(Path(path.name)) and path.is_file()
+
+
+def _is_other_picture(path: Path) -> bool:
+    """Whether a file's name says that it is a picture, but of a kind that is not read."""
+    kind, suffix = mimetypes.guess_type(path.name)[0] or "", path.suffix.lower()
+    looks_like_one = suffix in CAMERA_SUFFIXES + EDITOR_SUFFIXES or kind.startswith("image/")
+    return looks_like_one and suffix not in PICTURE_SUFFIXES and not is_hidden(Path(path.name))
 
 
 def picture_files(folder: str | Path) -> list[Path]:
-    """The pictures in a folder, in the order of their names. Raises UserError when there are none."""
-    pictures = sorted(path for path in Path(folder).glob("*") if is_picture(path))
+    """The pictures in a folder in the natural order of their names: 2.png before 10.png.
+
+    Names on stderr what is a picture of a kind that is not read. Raises UserError when there is none that is.
+    """
+    files = sorted(Path(folder).glob("*"), key=lambda path: natural_order(Path(path.name)))
+    pictures = [path for path in files if is_picture(path)]
+    others = [path.name for path in files if _is_other_picture(path)]
+    if others:
+        names = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        print(f"{folder}: left out, of a kind that cannot be read: {names}; save them as PNG", file=sys.stderr)
     if not pictures:
         raise UserError(f"no pictures in {folder}; give a folder of PNG, JPEG or WebP files")
     return pictures

@@ -14,7 +14,7 @@ from torch import Tensor
 from common.errors import UserError
 from render.bodies import Body, load_anny_body, read_obj
 from render.poses import FAMILIES, JOINTS, PHENOTYPE_AXES, anny_vertices, sample_phenotype, sample_pose
-from render.smpl import KINDS, is_readable_motion, load_smpl_body, motion, motion_files, smpl_vertices
+from render.smpl import KINDS, is_readable_motion, load_smpl_body, motion, motion_files, smpl_vertices, split_spec
 
 
 def load_body(spec: str) -> Body:
@@ -32,6 +32,17 @@ def load_body(spec: str) -> Body:
     if kind in KINDS and path:
         return load_smpl_body(spec)
     raise UserError(f"unknown body {spec!r}: use anny, obj:PATH, smpl:PATH, smplh:PATH or smplx:PATH")
+
+
+def absolute_spec(spec: str) -> str:
+    """The same body, its files found from anywhere."""
+    kind, _, path = spec.partition(":")
+    if not path:
+        return spec
+    if kind not in KINDS or Path(path).exists():
+        return f"{kind}:{Path(path).resolve()}"
+    _, model, template = split_spec(spec)
+    return f"{kind}:{model.resolve()},{template.resolve()}"
 
 
 class StillRig:

@@ -11,7 +11,7 @@ from PIL import Image
 from atlas_dataset.build_atlas_large import main as build_main
 from atlas_dataset.building import build_dataset
 from atlas_dataset.dataset import INFO_FILE, ATLASLarge
-from atlas_dataset.sources import HuggingFaceATLAS, read_prompts
+from atlas_dataset.sources import HuggingFaceATLAS
 from atlas_dataset.views import frame_bodies, make_background, render_texture, sample_view
 from common.errors import UserError
 from common.pictures import open_image
@@ -21,6 +21,8 @@ from embedded import painter as procedural
 from embedded.sources import ProceduralTextures
 from render.rigs import load_body, load_rig
 from render.uv_space import fill_outside
+
+PROMPTS = ["a man in red", "a man in green", "a man in blue", "a man in yellow"]
 
 
 def build_arguments(textures, mesh, views=1) -> list:
@@ -89,7 +91,7 @@ def test_a_copy_of_atlas(tmp_path, textures, layout):
     else:
         table.save_to_disk(folder)
     atlas = HuggingFaceATLAS(str(folder), textures / "prompts.txt", str(tmp_path / "cache"))
-    assert [atlas[i] for i in range(len(atlas))] == list(zip(encoded, read_prompts(textures / "prompts.txt")))
+    assert [atlas[i] for i in range(len(atlas))] == list(zip(encoded, PROMPTS))
 
 
 def test_building_continues_after_the_last_whole_shard(tmp_path, mesh, textures, monkeypatch):
@@ -315,7 +317,7 @@ def test_build_command(tmp_path, mesh, textures, run_script):
     [
         ("no textures", "no textures in"),
         ("no prompts", "--prompts"),
-        ("missing prompts", "cannot read prompts"),
+        ("missing prompts", "nowhere.txt: No such file"),
         ("too few prompts", "4 textures"),
         ("empty prompt", "line 2 is empty"),
         ("bad mesh", "cannot read mesh"),

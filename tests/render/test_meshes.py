@@ -5,6 +5,7 @@ import torch
 
 from common.errors import UserError
 from render.bodies import read_obj
+from render.rigs import absolute_spec
 from render.smpl import split_spec
 from render.uv_space import uv_mask
 
@@ -155,3 +156,16 @@ def test_commas_in_the_names_of_folders(tmp_path):
     assert split_spec(f"smpl:{folder},{template}") == ("smpl", folder, template)
     kind, path, _ = split_spec("smpl:nowhere.npz,none.obj")
     assert (kind, path.name) == ("smpl", "nowhere.npz"), "what is not there is named as it was given"
+
+
+def test_specs_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "a, b"
+    folder.mkdir()
+    for name in ("box.obj", "uv.obj"):
+        (folder / name).write_text("")
+    (folder / "model").mkdir()
+    assert absolute_spec("anny") == "anny"
+    assert absolute_spec("obj:a, b/box.obj") == f"obj:{folder / 'box.obj'}"
+    assert absolute_spec("smpl:a, b/model") == f"smpl:{folder / 'model'}"
+    assert absolute_spec("smplh:a, b/model,a, b/uv.obj") == f"smplh:{folder / 'model'},{folder / 'uv.obj'}"
