@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from common.errors import UserError
 from config.configuration import Aligner, LoRA
-from lora_utils import LORA_FILE, add_lora, load_lora, lora_parameters, save_lora
+from lora_utils import LORA_FILE, add_lora, add_text_encoder_lora, load_lora, lora_parameters, save_lora
 from models.base import load_base
 from models.checkpoints import EMBEDDED_CHECKPOINT, load_aligner, load_checkpoint, newest_checkpoint, save_checkpoint
 from models.conditioning import PooledAligner, make_aligner
@@ -73,6 +73,20 @@ def test_lora_is_float32_on_a_half_base(tiny_base):
     base = load_base(str(tiny_base), dtype=torch.bfloat16)
     assert all(parameter.dtype == torch.float32 for parameter in add_lora(base.unet, LoRA()))
     assert base.unet.conv_in.weight.dtype == torch.bfloat16
+
+
+def test_saving_asks_no_network(base, tmp_path, monkeypatch, recwarn):
+    add_lora(base.unet, LoRA(r=2, target_modules=ATTENTION))
+    add_text_encoder_lora(base.text_encoder, LoRA(r=2, text_encoder_r=2))
+    # What a base from the hub, or from a folder with its config in a subfolder, has here.
+    base.text_encoder.peft_config["default"].base_model_name_or_path = "owner/model"
+
+    def asked(*args, **options):
+        raise AssertionError("asked the hub")
+
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", asked)
+    save_lora(base, tmp_path)
+    assert not [warning for warning in recwarn if "config" in str(warning.message)]
 
 
 def test_foreign_or_missing_lora_is_refused(base, tiny_base, tmp_path):
