@@ -10,6 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora.dora import DoraConv2dLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from common.errors import UserError, exit_on_user_error, reason
@@ -47,8 +48,22 @@ def _add_adapter(module, settings, r: int, alpha: float, target_modules: list[st
         module.add_adapter(config)
     except ValueError as error:
         raise UserError(f"model.lora.target_modules {target_modules}: {reason(error)}") from None
+    make_dora_view_free(module)
     cast_training_params(module, dtype=torch.float32)
     return lora_parameters(module)
+
+
+def make_dora_view_free(module) -> None:
+    """Lets DoRA's convolutions run in the memory format channels_last: PEFT flattens their weights by `view`, which
+    only the plain format allows."""
+    for layer in module.modules():
+        if isinstance(layer, DoraConv2dLayer):
+            layer.get_lora_weight = _flat_product
+
+
+def _flat_product(lora_A: torch.nn.Module, lora_B: torch.nn.Module, adapter_name: str | None = None) -> torch.Tensor:
+    """up @ down of a convolution: (outputs, inputs * height * width)."""
+    return lora_B.weight.flatten(1) @ lora_A.weight.flatten(1)
 
 
 def lora_parameters(module) -> list[torch.nn.Parameter]:

@@ -89,6 +89,24 @@ def test_saving_asks_no_network(base, tmp_path, monkeypatch, recwarn):
     assert not [warning for warning in recwarn if "config" in str(warning.message)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_trains_under_channels_last(tiny_base, dtype):
+    """PEFT flattens convolutions by view, which channels_last forbids; the result is the plain format's."""
+    gradients = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        base = load_base(str(tiny_base), dtype=dtype)
+        torch.manual_seed(0)
+        parameters = add_lora(base.unet, LoRA(r=2, use_dora=True, target_modules=["to_q", "conv1", "conv_in"]))
+        base.unet.to(memory_format=memory_format)
+        noisy_latents = torch.randn(2, 4, 8, 8).to(dtype).contiguous(memory_format=memory_format)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            base.unet(noisy_latents, 7, torch.randn(2, 77, 16).to(dtype)).sample.float().square().mean().backward()
+        gradients.append([parameter.grad for parameter in parameters])
+    for plain, channels_last in zip(*gradients):
+        assert torch.allclose(plain, channels_last, rtol=0.05, atol=1e-5 if dtype == torch.float32 else 1e-2)
+    assert any(gradient.abs().max() > 0 for gradient in gradients[1])
+
+
 def test_foreign_or_missing_lora_is_refused(base, tiny_base, tmp_path):
     with pytest.raises(UserError, match="no LoRA at"):
         load_lora(base, tmp_path)
