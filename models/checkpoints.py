@@ -15,10 +15,11 @@ from torch import nn
 from common.errors import UserError, reason
 from common.files import PROJECT_ROOT
 from config.configuration import Config, Output, load_config, save_config
-from lora_utils import LORA_FILE, all_finite, load_lora, lora_parameters, save_lora
+from lora_utils import LORA_FILE, all_finite, lora_parameters, save_lora
 from models.base import BaseModel, load_configured_base, pick_device
 from models.conditioning import make_aligner
 from models.diffusion import frozen_dtype, resolve_precision
+from models.lora_files import load_lora
 
 CONFIG_FILE, ALIGNER_FILE, STATE_FILE = "config.yaml", "aligner.safetensors", "training_state.json"
 RESUME_FILE = "training_state.pt"
@@ -170,12 +171,13 @@ class TrainedModel:
     cfg: Config
 
 
-def load_trained(cfg: Config, lora: Path, aligner: Path | None) -> TrainedModel:
-    """The configured base with the LoRA and, unless None, the aligner at those paths."""
+def load_trained(cfg: Config, lora: Path | None, aligner: Path | None) -> TrainedModel:
+    """The configured base with the LoRA and the aligner at those paths, unless None."""
     device = pick_device(cfg.training.device)
     dtype = frozen_dtype(resolve_precision(cfg.training.mixed_precision, device), device)
     base = load_configured_base(cfg.model, device, dtype)
-    load_lora(base, lora)
+    if lora is not None:
+        load_lora(base, lora)
     loaded = None if aligner is None else load_aligner(Path(aligner), cfg.model.aligner, base)
     return TrainedModel(base, loaded, cfg)
 
