@@ -9,15 +9,15 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 from common.errors import UserError, reason
 from common.files import PROJECT_ROOT
 from config.configuration import Config, Output, load_config, save_config
-from lora_utils import LORA_FILE, all_finite, lora_parameters, save_lora
+from lora_utils import LORA_FILE, all_finite, lora_parameters, read_tensors, save_lora
 from models.base import BaseModel, load_configured_base, pick_device
-from models.conditioning import make_aligner
+from models.conditioning import aligner_from_state
 from models.diffusion import frozen_dtype, resolve_precision
 from models.lora_files import load_lora
 
@@ -137,29 +137,30 @@ def load_aligner(path: Path, settings, base: BaseModel) -> nn.Module:
     """An aligner from safetensors or from a .pth state dict (tensors only, no code is run), in eval mode."""
     if not path.is_file():
         raise UserError(f"no aligner at {path}; give its .safetensors or .pth file")
-    metadata = {}
+    state, metadata = read_tensors(path)
+    # No state dict tells its number of heads: ours is in the metadata, and in the first of ours in the configuration
+    # alone; None is what the peers' code has.
+    heads = int(metadata.get("heads", settings.heads)) if path.suffix == ".safetensors" else None
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-            state = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and safetensors each have their own errors
-        raise UserError(f"cannot read aligner {path}: {reason(error)}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path} is not a state dict of tensors")
-    is_pooled = "cls_token" in state
-    layers = 1 + max((int(key.split(".")[2]) for key in state if key.startswith("i2t.layers.")), default=0)
-    # No state dict tells its number of heads: ours is in the metadata, the seed's pooled aligner has 8.
-    heads = int(metadata.get("heads", 8 if is_pooled else settings.heads))
-    own_settings = {"kind": "pooled" if is_pooled else "query", "layers": layers, "heads": heads}
-    aligner = make_aligner(settings.model_copy(update=own_settings), base)
-    try:
-        aligner.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"aligner {path} does not fit this base: {str(error).splitlines()[-1].strip()}") from None
-    return aligner.eval().requires_grad_(False)
+        aligner = aligner_from_state(state, base.context_tokens, heads)
+    except (RuntimeError, AssertionError, ValueError) as error:  # torch's, of shapes and keys
+        lines = str(error).strip().splitlines()  # of load_state_dict's, the first is a heading
+        raise UserError(f"cannot load the aligner {path}: {lines[min(1, len(lines) - 1)].strip()}") from None
+    check_fits(aligner, path, base)
+    return aligner.to(base.device).eval().requires_grad_(False)
+
+
+def check_fits(aligner: nn.Module, path: Path, base: BaseModel) -> None:
+    """Raises UserError unless an aligner reads the base's image tokens and gives its UNet's context."""
+    if base.image_encoder is None:
+        raise UserError("this base has no image encoder; set model.image_encoder to a CLIP vision model")
+    needed = (base.image_encoder.config.hidden_size, base.context_tokens, base.unet.config.cross_attention_dim)
+    if aligner.shape != needed:
+        (reads, length, width), (image_dim, context_tokens, context_dim) = aligner.shape, needed
+        raise UserError(
+            f"the aligner {path} does not fit this base: from image tokens of {reads} it makes {length} of {width}, "
+            f"but the image encoder's are of {image_dim} and the UNet reads {context_tokens} of {context_dim}"
+        )
 
 
 @dataclass

@@ -59,7 +59,7 @@ def test_texdreamers_release(tiny_base, base, cfg, tmp_path, folder):
         vision.post_layernorm.weight.add_(0.1) if hasattr(vision, "post_layernorm") else None
         next(vision.parameters()).add_(0.1)
     vision.save_pretrained(tmp_path / folder / "vision_encoder")
-    aligner = QueryAligner(vision.config.hidden_size, 16, 77, layers=3, heads=2)
+    aligner = QueryAligner(vision.config.hidden_size, 16, 77, layers=3, heads=1, feed_forward=2048)
     torch.save(aligner.state_dict(), tmp_path / folder / "i2t_decoder.pth")
     assert layout_of(tmp_path) == "texdreamer"
 

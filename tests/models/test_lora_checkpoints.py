@@ -206,7 +206,7 @@ def test_bad_checkpoints_are_refused(trained, tmp_path):
     folder = tmp_path / "joint" / "step-000001"
     save_checkpoint(folder, cfg, "joint", 1, base, aligner)
     shutil.copy(folder / "config.yaml", folder / "aligner.safetensors")
-    with pytest.raises(UserError, match="cannot read aligner"):
+    with pytest.raises(UserError, match=r"cannot read .*aligner\.safetensors"):
         load_checkpoint(folder)
 
 
@@ -222,11 +222,11 @@ def test_pooled_aligner_from_pth_and_nothing_is_executed(base, tmp_path):
             return Path.touch, (tmp_path / "executed",)
 
     (tmp_path / "hostile.pth").write_bytes(pickle.dumps({"cls_token": Hostile()}))
-    with pytest.raises(UserError, match="cannot read aligner"):
+    with pytest.raises(UserError, match=r"cannot read .*hostile\.pth"):
         load_aligner(tmp_path / "hostile.pth", Aligner(), base)
     assert not (tmp_path / "executed").exists()
     torch.save({"cls_token": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match=r"keys neither of TexDreamer's .* nor of the seed's"):
         load_aligner(tmp_path / "other.pth", Aligner(heads=2), base)
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(UserError, match="not a state dict"):
