@@ -1,6 +1,8 @@
 import json
+import os
 import pickle
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,16 @@ from common.errors import UserError
 from config.configuration import Aligner, LoRA
 from lora_utils import LORA_FILE, add_lora, add_text_encoder_lora, lora_parameters, save_lora
 from models.base import load_base
-from models.checkpoints import EMBEDDED_CHECKPOINT, load_aligner, load_checkpoint, newest_checkpoint, save_checkpoint
+from models.checkpoints import (
+    EMBEDDED_CHECKPOINT,
+    RESUME_FILE,
+    drop_old_checkpoints,
+    load_aligner,
+    load_checkpoint,
+    newest_checkpoint,
+    newest_state,
+    save_checkpoint,
+)
 from models.conditioning import PooledAligner, make_aligner
 from models.lora_files import load_lora
 
@@ -138,7 +149,8 @@ def test_checkpoint_rebuilds_the_model_from_its_own_config(trained, tmp_path):
     folder = tmp_path / "checkpoints" / "joint" / "step-000003"
     save_checkpoint(folder, cfg, "joint", 3, base, aligner)
     assert sorted(path.name for path in folder.parent.iterdir()) == ["step-000003"]
-    assert json.loads((folder / "training_state.json").read_text()) == {"task": "joint", "global_step": 3}
+    state = json.loads((folder / "training_state.json").read_text())
+    assert state == {"task": "joint", "global_step": 3, "written": pytest.approx(time.time(), abs=60)}
     loaded = load_checkpoint(folder)
     assert loaded.cfg == cfg
     assert torch.allclose(output(loaded.base.unet), output(base.unet), atol=1e-6)
@@ -160,6 +172,65 @@ def test_checkpoints_of_half_precision(trained, tmp_path):
     assert 0 < difference < 0.01
     for name, value in aligner.state_dict().items():
         assert torch.equal(value.half().float(), loaded.aligner.state_dict()[name])
+
+
+def write_checkpoints(run_dir, *saved):
+    """Folders as training writes them, (step, written or None for those before the field); mtimes as a cloud store
+    copies them: newest first."""
+    for age, (step, written) in enumerate(saved):
+        folder = run_dir / f"step-{step:06d}"
+        folder.mkdir(parents=True)
+        for name in ("config.yaml", LORA_FILE, RESUME_FILE):
+            (folder / name).touch()
+        state = {"task": "joint", "global_step": step} | ({} if written is None else {"written": written})
+        (folder / "training_state.json").write_text(json.dumps(state))
+        for path in (folder, folder / "training_state.json"):
+            os.utime(path, (1e9 - age, 1e9 - age))
+
+
+def names(run_dir):
+    return sorted(path.name for path in run_dir.iterdir())
+
+
+@pytest.mark.parametrize("dated", [True, False])
+def test_copied_checkpoints_keep_their_order(tmp_path, dated):
+    run_dir = tmp_path / "joint"
+    write_checkpoints(run_dir, *((step, 100.0 + step if dated else None) for step in (2, 4, 6)))
+    assert newest_state(run_dir).name == newest_checkpoint(tmp_path).name == "step-000006"
+    drop_old_checkpoints(run_dir, 1)
+    assert names(run_dir) == ["step-000006"]
+
+
+def test_a_run_begun_anew_is_the_newer_whatever_its_steps(trained, tmp_path, monkeypatch):
+    cfg, base, aligner = trained
+    run_dir = tmp_path / "joint"
+    write_checkpoints(run_dir, (900, None), (1000, 3e9))  # of a version without the field; of a clock that was wrong
+    for step in (1, 2):
+        save_checkpoint(run_dir / f"step-{step:06d}", cfg, "joint", step, base, aligner, {})
+        assert newest_state(run_dir).name == newest_checkpoint(tmp_path).name == f"step-{step:06d}"
+    drop_old_checkpoints(run_dir, 3)
+    assert names(run_dir) == ["step-000001", "step-000002", "step-001000"]
+
+
+def test_only_what_training_named_and_wrote_is_ever_deleted_or_chosen(tmp_path, capsys):
+    run_dir = tmp_path / "joint"
+    write_checkpoints(run_dir, (2, 1.0), (4, 2.0), (6, 3.0))
+    shutil.copytree(run_dir / "step-000006", run_dir / "step-000006-good")
+    shutil.copytree(run_dir / "step-000006", run_dir / "step-000099")  # says 6 of itself
+    (run_dir / "step-000008").mkdir()
+    (run_dir / "step-000009").mkdir()
+    (run_dir / "step-000009" / "training_state.json").write_text("[torn")
+    (run_dir / "step-000002.zip").write_bytes(b"PK")
+    own = {"step-000002", "step-000004", "step-000006"}
+    others = set(names(run_dir)) - own
+    assert newest_state(run_dir).name == newest_checkpoint(tmp_path).name == "step-000006"
+    assert "step-000008 does not say its step" in capsys.readouterr().err
+    drop_old_checkpoints(run_dir, 1)
+    assert set(names(run_dir)) == others | {"step-000006"}
+    shutil.rmtree(run_dir / "step-000006")
+    assert newest_state(run_dir) is None
+    with pytest.raises(UserError, match="no checkpoint under"):
+        newest_checkpoint(tmp_path)
 
 
 def test_where_nobody_has_trained_the_embedded_checkpoint_is_used(tmp_path, monkeypatch, capsys, trained):
