@@ -1,6 +1,7 @@
-"""LoRA on the UNet: adding it, saving it where others can load it, loading it from ours, diffusers' or PEFT's files."""
+"""LoRA on the UNet and the text encoder: adding it, saving it where others can load it, merging and exporting it."""
 
 import argparse
+import json
 import math
 import re
 from pathlib import Path
@@ -9,10 +10,14 @@ import safetensors.torch
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora.dora import DoraConv2dLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
 
 from common.errors import UserError, exit_on_user_error, reason
+from common.files import write_whole
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTED = ("unet", "text_encoder")
@@ -47,8 +52,22 @@ def _add_adapter(module, settings, r: int, alpha: float, target_modules: list[st
         module.add_adapter(config)
     except ValueError as error:
         raise UserError(f"model.lora.target_modules {target_modules}: {reason(error)}") from None
+    make_dora_view_free(module)
     cast_training_params(module, dtype=torch.float32)
     return lora_parameters(module)
+
+
+def make_dora_view_free(module) -> None:
+    """Lets DoRA's convolutions run in the memory format channels_last: PEFT flattens their weights by `view`, which
+    only the plain format allows."""
+    for layer in module.modules():
+        if isinstance(layer, DoraConv2dLayer):
+            layer.get_lora_weight = _flat_product
+
+
+def _flat_product(lora_A: torch.nn.Module, lora_B: torch.nn.Module, adapter_name: str | None = None) -> torch.Tensor:
+    """up @ down of a convolution: (outputs, inputs * height * width)."""
+    return lora_B.weight.flatten(1) @ lora_A.weight.flatten(1)
 
 
 def lora_parameters(module) -> list[torch.nn.Parameter]:
@@ -66,87 +85,13 @@ def save_lora(base, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         module = getattr(base, name)
         if lora_parameters(module):
             config = module.peft_config["default"].to_dict()
-            state = get_peft_model_state_dict(module, adapter_name="default")
+            # Embeddings are never trained; "auto" asks the hub whether they were resized, at every save.
+            state = get_peft_model_state_dict(module, save_embedding_layers=False)
             layers[f"{name}_lora_layers"] = {key: value.to(dtype).contiguous() for key, value in state.items()}
             metadata[f"{name}_lora_adapter_metadata"] = {
                 key: value for key, value in config.items() if value is not None
             }
     StableDiffusionPipeline.save_lora_weights(folder, **layers, **metadata)
-
-
-def load_lora(base, path: str | Path) -> None:
-    """Puts a saved LoRA on a base's UNet, and on its text encoder where there is one for it, frozen.
-
-    path: a folder with diffusers' LoRA file (ours) or a PEFT adapter (adapter_config.json), or the diffusers
-    file itself. Raises UserError when it is missing, unreadable or made for another base.
-    """
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    is_peft = (folder / "adapter_config.json").exists() and (path.is_dir() or path.name.startswith("adapter_model"))
-    file = path / LORA_FILE if path.is_dir() and not is_peft else path
-    if not path.exists() or not (is_peft or file.is_file()):
-        raise UserError(f"no LoRA at {path}: expected {LORA_FILE} or a PEFT folder with adapter_config.json")
-    try:
-        if is_peft:
-            _load_peft_adapter(base.unet, folder)
-        else:
-            _load_diffusers_file(base, file)
-    except Exception as error:  # diffusers, peft, pickle and safetensors each have their own errors
-        raise UserError(f"cannot load the LoRA at {path}: {reason(error)}; was it made for another base?") from error
-    if not lora_parameters(base.unet):
-        raise UserError(f"the LoRA at {path} has no weights for this UNet; was it made for another base?")
-    _freeze_lora(base)
-
-
-def _load_diffusers_file(base, file: Path) -> None:
-    state, network_alphas, metadata = StableDiffusionPipeline.lora_state_dict(
-        str(file.parent), weight_name=file.name, return_lora_metadata=True, local_files_only=True
-    )
-    StableDiffusionPipeline.load_lora_into_unet(state, network_alphas, base.unet, metadata=metadata)
-    if any(key.startswith("text_encoder.") for key in state):
-        StableDiffusionPipeline.load_lora_into_text_encoder(state, network_alphas, base.text_encoder, metadata=metadata)
-    for name in ADAPTED:
-        expected = sum(key.startswith(f"{name}.") for key in state)
-        loaded = len(lora_parameters(getattr(base, name)))
-        if expected != loaded:
-            raise ValueError(f"{loaded} of its {expected} weights fit this {name}")
-
-
-def load_peft_adapters(base, folder: str | Path) -> None:
-    """TexDreamer's layout: a PEFT adapter in unet/ and, if there is one, in text_encoder/. Raises UserError as
-    `load_lora` does."""
-    for name in ADAPTED:
-        if (Path(folder) / name).is_dir():
-            try:
-                _load_peft_adapter(getattr(base, name), Path(folder) / name)
-            except Exception as error:  # peft, pickle and safetensors each have their own errors
-                raise UserError(
-                    f"cannot load the LoRA at {Path(folder) / name}: {reason(error)}; was it made for another base?"
-                ) from error
-    _freeze_lora(base)
-
-
-def _freeze_lora(base) -> None:
-    for parameter in (*lora_parameters(base.unet), *lora_parameters(base.text_encoder)):
-        parameter.requires_grad_(False)
-    base.unet.eval()  # new layers come in training mode, with LoRA's dropout
-    base.text_encoder.eval()
-
-
-def _load_peft_adapter(module, folder: Path) -> None:
-    """A PEFT model's folder (the seed's format), whose keys start with base_model.model."""
-    weights = folder / "adapter_model.safetensors"
-    if weights.exists():
-        state = safetensors.torch.load_file(weights)
-    else:
-        state = torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)
-    module.add_adapter(LoraConfig.from_pretrained(folder))
-    state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
-    result = set_peft_model_state_dict(module, state)
-    if result.unexpected_keys:
-        raise ValueError(
-            f"{len(result.unexpected_keys)} of its weights fit no layer, such as {result.unexpected_keys[0]}"
-        )
 
 
 def merge_lora(base) -> None:
@@ -161,49 +106,96 @@ def all_finite(tensors) -> bool:
     return all(math.isfinite(float(tensor.detach().sum())) for tensor in tensors)
 
 
+def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a .safetensors file, or tensors of a pickle, of which no code is run.
+
+    Raises UserError when it is damaged or holds something else.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as content:
+                return {key: content.get_tensor(key) for key in content.keys()}, content.metadata() or {}  # noqa: SIM118
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and safetensors each have their own errors
+        raise UserError(f"cannot read {file}: {reason(error)}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise UserError(f"{file} is not a state dict of tensors")
+    return tensors, {}
+
+
+def diffusers_config(metadata: dict[str, str], file: Path) -> dict:
+    """What diffusers writes into a LoRA file of its PEFT configurations, each key after its component's name; {} where
+    it says nothing."""
+    try:
+        return json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError as error:
+        raise UserError(f"cannot read the metadata of {file}: {reason(error)}") from None
+
+
+def own_config(config: dict, component: str) -> dict:
+    """Of diffusers' metadata, which has each component's name before PEFT's keys, one component's configuration."""
+    return {name.removeprefix(f"{component}."): value for name, value in config.items()}
+
+
+def scale_of(config: dict, layer: str, rank: int) -> float:
+    """alpha / rank, or alpha / sqrt(rank) in a rank-stabilised LoRA (Kalajdzievski 2023). config: PEFT's."""
+    alphas = config.get("alpha_pattern") or {}
+    alpha = alphas.get(get_pattern_key(alphas, layer), config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
 FORMATS = ("kohya", "peft")
-KOHYA_PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te"}
+KOHYA_PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
 
 
 def export_lora(file: str | Path, layout: str, out: str | Path) -> Path:
     """Our LoRA file in the layout of other tools → the path to give to them.
 
     kohya: one .safetensors with kohya's keys and an alpha for each layer, for ComfyUI and A1111. peft: a folder of
-    adapter_config.json and adapter_model.safetensors, for peft.PeftModel. Raises UserError for another kind of file.
+    adapter_config.json and adapter_model.safetensors, for peft.PeftModel; the text encoder's in text_encoder/. Raises
+    UserError for a file that does not say its alpha.
     """
-    state, _, metadata = StableDiffusionPipeline.lora_state_dict(
-        str(Path(file).parent), weight_name=Path(file).name, return_lora_metadata=True, local_files_only=True
-    )
-    if not metadata or layout not in FORMATS:
-        raise UserError(f"{file} does not hold its alpha, or {layout!r} is none of {', '.join(FORMATS)}")
-    out = Path(out)
-    if layout == "peft":
-        fields = LoraConfig.__dataclass_fields__
-        config = {key.removeprefix("unet."): value for key, value in metadata.items() if key.startswith("unet.")}
-        out.mkdir(parents=True, exist_ok=True)
-        weights = {}
-        for key, value in state.items():
-            if key.startswith("unet."):
-                weights[f"base_model.model.{key.removeprefix('unet.')}"] = value.contiguous()
-        safetensors.torch.save_file(weights, out / "adapter_model.safetensors", {"format": "pt"})
-        LoraConfig(**{key: value for key, value in config.items() if key in fields}).save_pretrained(out)
-        return out
+    tensors, metadata = read_tensors(Path(file))
+    config = diffusers_config(metadata, Path(file))
+    if not config:
+        raise UserError(f"{file} does not hold its alpha; give a checkpoint of this project, or its {LORA_FILE}")
+    return (_export_kohya if layout == "kohya" else _export_peft)(tensors, config, Path(out))
+
+
+def _export_peft(tensors: dict[str, torch.Tensor], config: dict, out: Path) -> Path:
+    for component, folder in (("unet", out), ("text_encoder", out / "text_encoder")):
+        prefix = f"{component}."
+        weights = {
+            f"base_model.model.{key.removeprefix(prefix)}": value
+            for key, value in tensors.items()
+            if key.startswith(prefix)
+        }
+        if weights:
+            write_whole(folder / "adapter_model.safetensors", safetensors.torch.save(weights, {"format": "pt"}))
+            options = own_config(config, component)
+            options = {name: options[name] for name in LoraConfig.__dataclass_fields__.keys() & options.keys()}
+            LoraConfig(**options).save_pretrained(folder)
+    return out
+
+
+def _export_kohya(tensors: dict[str, torch.Tensor], config: dict, out: Path) -> Path:
     weights = {}
-    for key, value in state.items():
+    for key, value in tensors.items():
         component, _, name = key.partition(".")
-        match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
-        if not match:
-            raise UserError(f"{file} has {name}, which kohya's layout has no place for; export it as peft")
-        target = f"{KOHYA_PREFIX[component]}_{match[1].replace('.', '_')}"
-        side = {"A": "lora_down", "B": "lora_up"}[match[2]]
-        weights[f"{target}.{side}.weight"] = value.contiguous()
-        alpha = metadata[f"{component}.lora_alpha"]
-        if metadata.get(f"{component}.use_rslora"):
-            alpha = alpha * metadata[f"{component}.r"] ** 0.5
-        weights[f"{target}.alpha"] = torch.tensor(float(alpha))
-    path = out.with_suffix(".safetensors")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(weights, path)
+        layer, side = re.fullmatch(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)", name).groups()
+        target = KOHYA_PREFIX[component] + layer.replace(".", "_")
+        if side == "lora_A.weight":
+            rank = len(value)
+            weights[f"{target}.lora_down.weight"] = value
+            weights[f"{target}.alpha"] = torch.tensor(scale_of(own_config(config, component), layer, rank) * rank)
+        elif side == "lora_B.weight":
+            weights[f"{target}.lora_up.weight"] = value
+        else:  # LyCORIS' name for DoRA's magnitudes, with the axes of the layer's weight
+            axes = tensors[f"{component}.{layer}.lora_A.weight"].ndim
+            weights[f"{target}.dora_scale"] = value.reshape(-1, *[1] * (axes - 1))
+    # Not with_suffix, which cuts "v1.5" to "v1".
+    path = out if out.suffix == ".safetensors" else out.with_name(f"{out.name}.safetensors")
+    write_whole(path, safetensors.torch.save(weights))
     return path
 
 

@@ -2,23 +2,27 @@
 
 import json
 import os
+import re
 import shutil
 import sys
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 from common.errors import UserError, reason
 from common.files import PROJECT_ROOT
 from config.configuration import Config, Output, load_config, save_config
-from lora_utils import LORA_FILE, all_finite, load_lora, lora_parameters, save_lora
+from lora_utils import LORA_FILE, all_finite, lora_parameters, read_tensors, save_lora
 from models.base import BaseModel, load_configured_base, pick_device
-from models.conditioning import make_aligner
+from models.conditioning import aligner_from_state
 from models.diffusion import frozen_dtype, resolve_precision
+from models.lora_files import load_lora
 
 CONFIG_FILE, ALIGNER_FILE, STATE_FILE = "config.yaml", "aligner.safetensors", "training_state.json"
 RESUME_FILE = "training_state.pt"
@@ -58,7 +62,9 @@ def save_checkpoint(
         if state is not None:
             torch.save(state, partial / RESUME_FILE)
         save_config(cfg, partial / CONFIG_FILE)
-        (partial / STATE_FILE).write_text(json.dumps({"task": task, "global_step": global_step}) + "\n")
+        written = max(time.time(), *(saved["written"] + 0.001 for saved in saved_states(folder.parent).values()), 0)
+        own_state = {"task": task, "global_step": global_step, "written": written}
+        (partial / STATE_FILE).write_text(json.dumps(own_state) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
@@ -70,22 +76,46 @@ def save_checkpoint(
         ) from error
 
 
+def saved_states(run_dir: Path) -> dict[Path, dict]:
+    """The checkpoints that training wrote into a folder, in the order it wrote them, each with what its
+    training_state.json says: task, global_step, written.
+
+    "written" is the time of writing in seconds since 1970, but always later than of those that lie beside it, whatever
+    the clock says. It decides, not the time that the file system tells, which copying sets anew, nor the step: a run
+    begun anew in the folder of an older one has fewer steps, and its checkpoints are the newer. Those of versions that
+    did not note the time come first, by their steps. Only a folder of the very name that training gives, step-NNNNNN
+    with the step that its own state says, is one: a copy that was renamed, or an archive, is somebody's own.
+    """
+    states = {}
+    for folder in run_dir.glob("step-*"):
+        try:
+            state = json.loads((folder / STATE_FILE).read_text())
+            step, written = int(state["global_step"]), float(state.get("written", 0))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if re.fullmatch(r"step-\d{6,}", folder.name):
+                print(f"warning: {folder} does not say its step ({reason(error)}) and is left alone", file=sys.stderr)
+            continue
+        if folder.name == f"step-{step:06d}":
+            states[folder] = {**state, "global_step": step, "written": written}
+    return dict(sorted(states.items(), key=lambda item: (item[1]["written"], item[1]["global_step"])))
+
+
 def drop_old_checkpoints(run_dir: Path, keep_last: int | None) -> None:
-    """Deletes all but the `keep_last` checkpoints of a run that were written last; None keeps all."""
+    """Deletes all but the `keep_last` of `saved_states` that were written last; None keeps all."""
     if keep_last:
-        for folder in by_time(run_dir)[:-keep_last]:
+        for folder in list(saved_states(run_dir))[:-keep_last]:
             shutil.rmtree(folder)
 
 
-def by_time(run_dir: Path) -> list[Path]:
-    """A run's checkpoints in the order they were written: a run begun anew may have fewer steps than an older one."""
-    return sorted(run_dir.glob("step-*"), key=lambda folder: (folder.stat().st_mtime_ns, folder.name))
-
-
 def newest_state(run_dir: Path) -> Path | None:
-    """The checkpoint of a run that was written last; one that lacks a file is passed over with a warning."""
-    for folder in reversed(by_time(run_dir)):
-        missing = [name for name in (CONFIG_FILE, LORA_FILE, STATE_FILE, RESUME_FILE) if not (folder / name).is_file()]
+    """The checkpoint of a folder that was written last and can be resumed."""
+    return first_whole(reversed(saved_states(run_dir)), (CONFIG_FILE, LORA_FILE, RESUME_FILE))
+
+
+def first_whole(folders: Iterable[Path], needed: tuple[str, ...]) -> Path | None:
+    """The first folder that has the needed files; those before it are passed over with a warning."""
+    for folder in folders:
+        missing = [name for name in needed if not (folder / name).is_file()]
         if not missing:
             return folder
         print(f"warning: {folder} lacks {', '.join(missing)} and is passed over", file=sys.stderr)
@@ -123,42 +153,47 @@ def newest_checkpoint(out_dir: str | Path) -> Path:
 
     Raises UserError when there is none.
     """
-    folders = [file.parent for file in Path(out_dir).glob(f"*/*/{STATE_FILE}") if file.parent.name[0] != "."]
-    if not folders and Path(out_dir) == Path(Output().out_dir) and (EMBEDDED_CHECKPOINT / LORA_FILE).exists():
+    states = {}
+    for run_dir in Path(out_dir).glob("*/"):
+        states |= saved_states(run_dir)
+    newest_first = sorted(states, key=lambda folder: (states[folder]["written"], states[folder]["global_step"]))[::-1]
+    newest = first_whole(newest_first, (CONFIG_FILE, LORA_FILE))
+    if newest:
+        return newest
+    if not states and Path(out_dir) == Path(Output().out_dir) and (EMBEDDED_CHECKPOINT / LORA_FILE).exists():
         print(f"no checkpoint under {out_dir} yet: using the embedded one", file=sys.stderr)
         return EMBEDDED_CHECKPOINT
-    if not folders:
-        raise UserError(f"no checkpoint under {out_dir}; train one with 'python joint.py' or give --checkpoint DIR")
-    return max(folders, key=lambda folder: (folder / STATE_FILE).stat().st_mtime)
+    raise UserError(f"no checkpoint under {out_dir}; train one with 'python joint.py' or give --checkpoint DIR")
 
 
 def load_aligner(path: Path, settings, base: BaseModel) -> nn.Module:
     """An aligner from safetensors or from a .pth state dict (tensors only, no code is run), in eval mode."""
     if not path.is_file():
         raise UserError(f"no aligner at {path}; give its .safetensors or .pth file")
-    metadata = {}
+    state, metadata = read_tensors(path)
+    # No state dict tells its number of heads: ours is in the metadata, and in the first of ours in the configuration
+    # alone; None is what the peers' code has.
+    heads = int(metadata.get("heads", settings.heads)) if path.suffix == ".safetensors" else None
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-            state = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and safetensors each have their own errors
-        raise UserError(f"cannot read aligner {path}: {reason(error)}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path} is not a state dict of tensors")
-    is_pooled = "cls_token" in state
-    layers = 1 + max((int(key.split(".")[2]) for key in state if key.startswith("i2t.layers.")), default=0)
-    # No state dict tells its number of heads: ours is in the metadata, the seed's pooled aligner has 8.
-    heads = int(metadata.get("heads", 8 if is_pooled else settings.heads))
-    own_settings = {"kind": "pooled" if is_pooled else "query", "layers": layers, "heads": heads}
-    aligner = make_aligner(settings.model_copy(update=own_settings), base)
-    try:
-        aligner.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"aligner {path} does not fit this base: {str(error).splitlines()[-1].strip()}") from None
-    return aligner.eval().requires_grad_(False)
+        aligner = aligner_from_state(state, base.context_tokens, heads)
+    except (RuntimeError, AssertionError, ValueError) as error:  # torch's, of shapes and keys
+        lines = str(error).strip().splitlines()  # of load_state_dict's, the first is a heading
+        raise UserError(f"cannot load the aligner {path}: {lines[min(1, len(lines) - 1)].strip()}") from None
+    check_fits(aligner, path, base)
+    return aligner.to(base.device).eval().requires_grad_(False)
+
+
+def check_fits(aligner: nn.Module, path: Path, base: BaseModel) -> None:
+    """Raises UserError unless an aligner reads the base's image tokens and gives its UNet's context."""
+    if base.image_encoder is None:
+        raise UserError("this base has no image encoder; set model.image_encoder to a CLIP vision model")
+    needed = (base.image_encoder.config.hidden_size, base.context_tokens, base.unet.config.cross_attention_dim)
+    if aligner.shape != needed:
+        (reads, length, width), (image_dim, context_tokens, context_dim) = aligner.shape, needed
+        raise UserError(
+            f"the aligner {path} does not fit this base: from image tokens of {reads} it makes {length} of {width}, "
+            f"but the image encoder's are of {image_dim} and the UNet reads {context_tokens} of {context_dim}"
+        )
 
 
 @dataclass
@@ -170,12 +205,13 @@ class TrainedModel:
     cfg: Config
 
 
-def load_trained(cfg: Config, lora: Path, aligner: Path | None) -> TrainedModel:
-    """The configured base with the LoRA and, unless None, the aligner at those paths."""
+def load_trained(cfg: Config, lora: Path | None, aligner: Path | None) -> TrainedModel:
+    """The configured base with the LoRA and the aligner at those paths, unless None."""
     device = pick_device(cfg.training.device)
     dtype = frozen_dtype(resolve_precision(cfg.training.mixed_precision, device), device)
     base = load_configured_base(cfg.model, device, dtype)
-    load_lora(base, lora)
+    if lora is not None:
+        load_lora(base, lora)
     loaded = None if aligner is None else load_aligner(Path(aligner), cfg.model.aligner, base)
     return TrainedModel(base, loaded, cfg)
 

@@ -5,6 +5,7 @@ so that text, image and any blend of the two enter the UNet alike.
 """
 
 import math
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +13,34 @@ from torch import Tensor, nn
 from common.errors import UserError
 from models.base import BaseModel
 
+CLASS_TOKEN_NOTE = (
+    "this aligner has no attention; it is taken to read CLIP's class token, not the mean of all tokens, which its file "
+    "does not tell apart"
+)
+
 
 class QueryAligner(nn.Module):
     """Learned queries read all image tokens by cross-attention (TexDreamer, Liu et al. 2024, with its key names).
 
-    image_tokens: (B, T, image_dim) → encoder_hidden_states: (B, context_tokens, context_dim).
+    image_tokens: (B, T, image_dim) → encoder_hidden_states: (B, context_tokens, context_dim). feed_forward: width
+    inside each layer; None is 4 * context_dim, ours (TexDreamer's is PyTorch's default, 2,048).
     """
 
-    def __init__(self, image_dim: int, context_dim: int, context_tokens: int, layers: int, heads: int):
+    def __init__(
+        self,
+        image_dim: int,
+        context_dim: int,
+        context_tokens: int,
+        layers: int,
+        heads: int,
+        feed_forward: int | None = None,
+    ):
         super().__init__()
+        self.shape = (image_dim, context_tokens, context_dim)
+        feed_forward = feed_forward or 4 * context_dim
         self.query = nn.Parameter(torch.randn(1, context_tokens, context_dim) * context_dim**-0.5)
         self.visual_proj = nn.Linear(image_dim, context_dim)
-        layer = nn.TransformerDecoderLayer(context_dim, heads, 4 * context_dim, dropout=0.0, batch_first=True)
+        layer = nn.TransformerDecoderLayer(context_dim, heads, feed_forward, dropout=0.0, batch_first=True)
         self.i2t = nn.TransformerDecoder(layer, layers)
 
     def forward(self, image_tokens: Tensor) -> Tensor:
@@ -32,22 +49,27 @@ class QueryAligner(nn.Module):
 
 
 class PooledAligner(nn.Module):
-    """The seed's aligner, with its key names: one attention-pooled token, repeated for each prompt position.
+    """The seed's aligner, with its key names: one token of the picture, repeated for each prompt position.
 
     image_tokens: (B, T, image_dim) → encoder_hidden_states: (B, context_tokens, context_dim). All positions are
-    equal, so it can carry what a picture shows but not where.
+    equal, so it can carry what a picture shows but not where. heads: of the attention that pools all tokens; None
+    takes CLIP's class token, the first, alone.
     """
 
-    def __init__(self, image_dim: int, context_dim: int, context_tokens: int, heads: int):
+    def __init__(self, image_dim: int, context_dim: int, context_tokens: int, heads: int | None):
         super().__init__()
-        self.context_tokens = context_tokens
-        self.cls_token = nn.Parameter(torch.randn(1, 1, image_dim))
-        self.attn_pool = nn.MultiheadAttention(image_dim, heads, batch_first=True)
+        self.shape = (image_dim, context_tokens, context_dim)
+        self.reads_all_tokens = heads is not None
+        if self.reads_all_tokens:
+            self.cls_token = nn.Parameter(torch.randn(1, 1, image_dim))
+            self.attn_pool = nn.MultiheadAttention(image_dim, heads, batch_first=True)
         self.projector = nn.Sequential(nn.Linear(image_dim, image_dim), nn.GELU(), nn.Linear(image_dim, context_dim))
 
     def forward(self, image_tokens: Tensor) -> Tensor:
-        pooled, _ = self.attn_pool(self.cls_token.expand(len(image_tokens), -1, -1), image_tokens, image_tokens)
-        return self.projector(pooled).expand(-1, self.context_tokens, -1)
+        token = image_tokens[:, :1]
+        if self.reads_all_tokens:
+            token, _ = self.attn_pool(self.cls_token.expand(len(image_tokens), -1, -1), image_tokens, image_tokens)
+        return self.projector(token).expand(-1, self.shape[1], -1)
 
 
 def make_aligner(settings, base: BaseModel) -> nn.Module:
@@ -66,6 +88,36 @@ def make_aligner(settings, base: BaseModel) -> nn.Module:
     else:
         aligner = QueryAligner(image_dim, context_dim, base.context_tokens, settings.layers, settings.heads)
     return aligner.to(base.device)
+
+
+def aligner_from_state(state: dict[str, Tensor], context_tokens: int, heads: int | None) -> nn.Module:
+    """The aligner whose state dict this is: every shape is the state's own.
+
+    heads: None, where nothing tells them, is what the makers' code has: 64 channels each in TexDreamer's
+    (model_i2t.py), 8 in the seed's. A pooled state without attention does not tell the seed's class token from its
+    mean over tokens: it is taken for the class token, the default of the seed's class, said on stderr. Raises
+    UserError for a state of neither.
+    """
+    if "projector.2.weight" in state:
+        context_dim, image_dim = state["projector.2.weight"].shape
+        if "cls_token" not in state:
+            print(f"note: {CLASS_TOKEN_NOTE}", file=sys.stderr)
+        aligner = PooledAligner(image_dim, context_dim, context_tokens, (heads or 8) if "cls_token" in state else None)
+    elif "visual_proj.weight" in state:
+        context_dim, image_dim = state["visual_proj.weight"].shape
+        layers = {key.split(".")[2] for key in state if key.startswith("i2t.layers.")}
+        if not layers or "query" not in state:
+            raise UserError(
+                "it has no decoder layers (TexDreamer's num_layers=0): it hands on all of a picture's tokens, of which "
+                "there are not as many as in a prompt, so that guidance cannot pair the two"
+            )
+        feed_forward = len(state.get("i2t.layers.0.linear1.weight", ())) or None
+        queries, heads = state["query"].shape[1], heads or max(1, context_dim // 64)
+        aligner = QueryAligner(image_dim, context_dim, queries, len(layers), heads, feed_forward)
+    else:
+        raise UserError("it has the keys neither of TexDreamer's (visual_proj) nor of the seed's (projector)")
+    aligner.load_state_dict(state)
+    return aligner
 
 
 def encode_prompts(base: BaseModel, prompts: list[str]) -> Tensor:

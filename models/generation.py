@@ -48,6 +48,8 @@ def prompt_length(trained: TrainedModel, prompt: str) -> int:
 def picture_condition(trained: TrainedModel, images: list[Image.Image]) -> Tensor:
     """encoder_hidden_states (1, L, D) of one picture of a person, or of several: the aligner reads all their tokens."""
     check_takes_pictures(trained)
+    if len(images) > 1 and not getattr(trained.aligner, "reads_all_tokens", True):
+        raise UserError("this aligner reads the class token of one picture alone; give one --image")
     base, image_size = trained.base, trained.cfg.model.image_size
     prepared = [prepare_image(image, picture_size(base, image.size[::-1], image_size)) for image in images]
     return trained.aligner(torch.cat([encode_images(base, pixels[None]) for pixels in prepared], dim=1))

@@ -5,7 +5,7 @@
 | ours | config.yaml and pytorch_lora_weights.safetensors | what its config.yaml names |
 | TexDreamer's release | unet/adapter_config.json, i2uv/ | as configured: Stable Diffusion 2.1 |
 | the seed's | adapter_config.json, aligner.pth | as configured: Stable Diffusion 1.4 |
-| a diffusers LoRA | a .safetensors file, or a folder with pytorch_lora_weights.safetensors | as configured |
+| a LoRA | a .safetensors, .bin or .pt file (lora_files.py), or a folder with pytorch_lora_weights | as configured |
 | a whole pipeline, as SMPLitex's | model_index.json | itself |
 """
 
@@ -13,21 +13,21 @@ from pathlib import Path
 
 from common.errors import UserError
 from config.configuration import Config
-from lora_utils import LORA_FILE, load_lora, load_peft_adapters
-from models.base import load_configured_base, pick_device
-from models.checkpoints import ALIGNER_FILE, CONFIG_FILE, TrainedModel, load_aligner, load_checkpoint
-from models.diffusion import frozen_dtype, resolve_precision
+from lora_utils import LORA_FILE
+from models.checkpoints import ALIGNER_FILE, CONFIG_FILE, TrainedModel, load_checkpoint, load_trained
+from models.lora_files import ADAPTER_CONFIG, OLD_LORA_FILE, WEIGHT_SUFFIXES
 
 LAYOUTS = (
     f"{CONFIG_FILE} and {LORA_FILE} (ours), unet/adapter_config.json (TexDreamer), adapter_config.json (PEFT), "
-    f"{LORA_FILE} or a .safetensors file (diffusers LoRA), model_index.json (a whole pipeline)"
+    f"{LORA_FILE} or .bin (a LoRA), model_index.json (a whole pipeline)"
 )
 # What a folder of each layout has; the first that fits is taken.
 FILES_OF_LAYOUT = {
     "ours": (CONFIG_FILE, LORA_FILE),
-    "texdreamer": ("unet/adapter_config.json",),
-    "peft": ("adapter_config.json",),
-    "diffusers": (LORA_FILE,),
+    "texdreamer": (f"unet/{ADAPTER_CONFIG}",),
+    "peft": (ADAPTER_CONFIG,),
+    "lora": (LORA_FILE,),
+    "old lora": (OLD_LORA_FILE,),
     "pipeline": ("model_index.json",),
 }
 # How TexDreamer's own inference code calls its models (Liu et al. 2024).
@@ -43,13 +43,13 @@ TEXDREAMER = {
 
 
 def layout_of(path: Path) -> str:
-    """ours, texdreamer, peft, diffusers or pipeline. Raises UserError for anything else, saying what is there."""
+    """A name of FILES_OF_LAYOUT. Raises UserError for anything else, saying what is there."""
     if not path.exists():
-        raise UserError(f"no checkpoint at {path}: give a folder or a .safetensors file")
+        raise UserError(f"no checkpoint at {path}: give a folder or a LoRA file")
     if path.is_file():
-        if path.suffix == ".safetensors":
-            return "diffusers"
-        raise UserError(f"{path} is no checkpoint: of single files only a .safetensors LoRA is read")
+        if path.suffix in WEIGHT_SUFFIXES:
+            return "lora"
+        raise UserError(f"{path} is no checkpoint: of single files only a LoRA is read ({', '.join(WEIGHT_SUFFIXES)})")
     for name, files in FILES_OF_LAYOUT.items():
         if all((path / file).is_file() for file in files):
             return name
@@ -80,28 +80,24 @@ def load_any(path: str | Path, cfg: Config, overrides: list[str] = ()) -> Traine
     layout = layout_of(path)
     if layout == "ours":
         return load_checkpoint(path, overrides)
-    if layout == "texdreamer":
+    if layout in SETTINGS_OF_LAYOUT:
         given = {override.partition("=")[0] for override in overrides}
-        cfg = updated(cfg, {key: value for key, value in texdreamer_settings(path).items() if key not in given})
-    if layout == "pipeline":
-        cfg = updated(cfg, {"model.pretrained_model": str(path), "data.resolution": None})
-    device = pick_device(cfg.training.device)
-    base = load_configured_base(
-        cfg.model, device, frozen_dtype(resolve_precision(cfg.training.mixed_precision, device), device)
-    )
-    if layout == "texdreamer":
-        load_peft_adapters(base, path)
-    elif layout != "pipeline":
-        load_lora(base, path)
-    file = aligner_file(path)
-    return TrainedModel(base, load_aligner(file, cfg.model.aligner, base) if file else None, cfg)
+        own_settings = SETTINGS_OF_LAYOUT[layout](path)
+        cfg = updated(cfg, {key: value for key, value in own_settings.items() if key not in given})
+    if layout == "pipeline":  # the path is the base, whatever else is configured
+        cfg = updated(cfg, {"model.pretrained_model": str(path)})
+    return load_trained(cfg, None if layout == "pipeline" else path, aligner_file(path))
 
 
 def texdreamer_settings(path: Path) -> dict:
-    """TEXDREAMER, its aligner's heads, which no file tells, and its own image encoder where it lies beside."""
+    """TEXDREAMER, and its own image encoder where it lies beside."""
     folders = [path / name / "vision_encoder" for name in ("i2uv", "i2t")]
-    own = next((str(folder) for folder in folders if folder.is_dir()), None)
-    return {**TEXDREAMER, "model.aligner.heads": 16, **({"model.image_encoder": own} if own else {})}
+    image_encoder = next((str(folder) for folder in folders if folder.is_dir()), None)
+    return {**TEXDREAMER, "model.image_encoder": image_encoder} if image_encoder else TEXDREAMER
+
+
+# What a layout sets for lack of a configuration of its own.
+SETTINGS_OF_LAYOUT = {"texdreamer": texdreamer_settings, "pipeline": lambda path: {"data.resolution": None}}
 
 
 def aligner_file(path: Path) -> Path | None:

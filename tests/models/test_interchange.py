@@ -59,7 +59,7 @@ def test_texdreamers_release(tiny_base, base, cfg, tmp_path, folder):
         vision.post_layernorm.weight.add_(0.1) if hasattr(vision, "post_layernorm") else None
         next(vision.parameters()).add_(0.1)
     vision.save_pretrained(tmp_path / folder / "vision_encoder")
-    aligner = QueryAligner(vision.config.hidden_size, 16, 77, 3, 16)
+    aligner = QueryAligner(vision.config.hidden_size, 16, 77, layers=3, heads=1, feed_forward=2048)
     torch.save(aligner.state_dict(), tmp_path / folder / "i2t_decoder.pth")
     assert layout_of(tmp_path) == "texdreamer"
 
@@ -72,7 +72,6 @@ def test_texdreamers_release(tiny_base, base, cfg, tmp_path, folder):
         image_tokens = loaded.base.image_encoder(pixel_values=pixels).last_hidden_state
         assert torch.allclose(image_tokens, vision.eval()(pixel_values=pixels).last_hidden_state, atol=1e-5)
         assert torch.allclose(loaded.aligner(image_tokens), aligner.eval()(image_tokens), atol=1e-5)
-    assert loaded.aligner.i2t.layers[0].multihead_attn.num_heads == 16 and len(loaded.aligner.i2t.layers) == 3
     settings = loaded.cfg.inference
     assert loaded.cfg.model.prompt_template.startswith("hutex, {prompt}") and settings.sampler == "euler_a"
     assert (settings.guidance_scale, settings.image_guidance_scale, settings.num_inference_steps) == (7.5, 2.0, 32)
@@ -143,8 +142,11 @@ def test_unknown_layouts_and_other_bases_are_refused(ours, cfg, tmp_path, tiny_b
     (tmp_path / "weights.bin").write_bytes(b"x")
     with pytest.raises(UserError, match=r"found weights\.bin; expected one of"):
         load_any(tmp_path, cfg)
-    with pytest.raises(UserError, match=r"only a \.safetensors LoRA"):
+    with pytest.raises(UserError, match=r"cannot read .*weights\.bin"):
         load_any(tmp_path / "weights.bin", cfg)
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match="of single files only a LoRA is read"):
+        load_any(tmp_path / "notes.txt", cfg)
     with pytest.raises(UserError, match="no checkpoint at"):
         load_any(tmp_path / "nowhere", cfg)
     other = UNet2DConditionModel.from_config(

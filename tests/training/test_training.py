@@ -16,10 +16,11 @@ from common.errors import UserError
 from i2uv import main as i2uv_main
 from infer_uv import main as infer_main
 from joint import main as joint_main
-from lora_utils import LORA_FILE, add_lora, load_lora, lora_parameters
+from lora_utils import LORA_FILE, add_lora, lora_parameters
 from models.base import load_base, load_configured_base
 from models.checkpoints import load_checkpoint
 from models.conditioning import encode_prompts, make_aligner
+from models.lora_files import load_lora
 from t2uv import main as t2uv_main
 from training import loop as training
 from training import run
