@@ -6,7 +6,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -65,7 +65,7 @@ def save_lora(base, folder: Path, dtype: torch.dtype = torch.float32) -> None:
             metadata[f"{name}_lora_adapter_metadata"] = {
                 key: value for key, value in config.items() if value is not None
             }
-    StableDiffusionPipeline.save_lora_weights(folder, **layers, **metadata)
+    StableDiffusionLoraLoaderMixin.save_lora_weights(folder, **layers, **metadata)
 
 
 def load_lora(base, path: str | Path) -> None:
@@ -93,12 +93,14 @@ def load_lora(base, path: str | Path) -> None:
 
 
 def _load_diffusers_file(base, file: Path) -> None:
-    state, network_alphas, metadata = StableDiffusionPipeline.lora_state_dict(
+    state, network_alphas, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(
         str(file.parent), weight_name=file.name, return_lora_metadata=True, local_files_only=True
     )
-    StableDiffusionPipeline.load_lora_into_unet(state, network_alphas, base.unet, metadata=metadata)
+    StableDiffusionLoraLoaderMixin.load_lora_into_unet(state, network_alphas, base.unet, metadata=metadata)
     if any(key.startswith("text_encoder.") for key in state):
-        StableDiffusionPipeline.load_lora_into_text_encoder(state, network_alphas, base.text_encoder, metadata=metadata)
+        StableDiffusionLoraLoaderMixin.load_lora_into_text_encoder(
+            state, network_alphas, base.text_encoder, metadata=metadata
+        )
     for name in ADAPTED:
         expected = sum(key.startswith(f"{name}.") for key in state)
         found = len(lora_parameters(getattr(base, name)))
@@ -164,7 +166,7 @@ def export_lora(file: str | Path, kind: str, out: str | Path) -> Path:
     kohya: one .safetensors with kohya's keys and an alpha for each layer, for ComfyUI and A1111. peft: a folder of
     adapter_config.json and adapter_model.safetensors, for peft.PeftModel. Raises UserError for another kind of file.
     """
-    state, _, metadata = StableDiffusionPipeline.lora_state_dict(
+    state, _, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(
         str(Path(file).parent), weight_name=Path(file).name, return_lora_metadata=True, local_files_only=True
     )
     if not metadata or kind not in FORMATS:
