@@ -8,7 +8,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora.dora import DoraConv2dLayer
@@ -91,7 +91,7 @@ def save_lora(base, folder: Path, dtype: torch.dtype = torch.float32) -> None:
             metadata[f"{name}_lora_adapter_metadata"] = {
                 key: value for key, value in config.items() if value is not None
             }
-    StableDiffusionPipeline.save_lora_weights(folder, **layers, **metadata)
+    StableDiffusionLoraLoaderMixin.save_lora_weights(folder, **layers, **metadata)
 
 
 def merge_lora(base) -> None:

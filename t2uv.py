@@ -4,13 +4,16 @@ python t2uv.py --config config/train_config.yaml --training.t2uv.max_steps=200
 """
 
 from common.errors import exit_on_user_error
-from config.configuration import parse_training_args
-from training.loop import train
+from training.stopping import before_the_first_step
 
 
 def main():
     with exit_on_user_error():
-        cfg, options = parse_training_args(__doc__)
+        with before_the_first_step():
+            from config.configuration import parse_training_args
+
+            cfg, options = parse_training_args(__doc__)
+            from training.loop import train  # takes seconds, which --help need not wait for
         train(cfg, "t2uv", **options)
 
 

@@ -8,7 +8,6 @@ given beside it.
 """
 
 import argparse
-import resource
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ from models.checkpoints import EMBEDDED_CHECKPOINT
 from models.diffusion import autocast, inference_scheduler, resolve_precision
 from models.generation import finish_texture, generate, prompt_condition
 from models.pipeline import TexturePipeline
+from training.monitoring import peak_memory
 
 PROMPT = "a woman in a yellow dress"
 
@@ -81,10 +81,7 @@ def main():
         print(f"{rows} at once: {mine:.2f} s a texture, plain diffusers {other:.2f} s, {ratio:.2f} times as fast")
     texture = ours(1)[0]
     print(f"finishing at 1024 texels: {seconds(lambda: finish_texture(texture, pipeline.body), device):.2f} s")
-    if device.type == "cuda":
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB, both models loaded")
-    else:
-        print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB, both models loaded")
+    print(f"peak memory {(peak_memory(device) or 0) / 1e9:.2f} GB, both models loaded")
 
 
 if __name__ == "__main__":

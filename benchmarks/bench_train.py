@@ -138,7 +138,7 @@ def medians(variants: dict, steps: int, device: torch.device) -> tuple[dict[str,
             seconds = timed(variant.step, device)
             if number >= WARM_UP:
                 times[name].append(seconds)
-                peaks[name] = max(peaks.get(name, 0.0), peak_memory(device) / 1e9)
+                peaks[name] = max(peaks.get(name, 0.0), (peak_memory(device) or 0) / 1e9)
     return {name: statistics.median(values) for name, values in times.items()}, peaks
 
 

@@ -5,8 +5,6 @@ optimiser step → checkpoint.
 """
 
 import itertools
-import signal
-import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +22,9 @@ from config.configuration import Config, dump_config
 from models.checkpoints import drop_old_checkpoints, load_state, newest_state, save_checkpoint
 from training.monitoring import RunLog, estimate, report, sample_grid
 from training.objective import RowDraws, batch_losses, row_generator, validation_losses
+from training.progress import progress
 from training.run import Run, set_up
+from training.stopping import StopRequest, before_the_first_step, leave_signals_to_the_main_process
 
 LAST_PLACE = 2**32 - 2  # in a step, for what is drawn once and not for a row
 
@@ -40,28 +40,30 @@ def train(
     """Trains LoRA and aligner on one task and returns the last checkpoint (None after a dry run).
 
     task: "t2uv", "i2uv" or "joint". resume: a checkpoint's folder, or "auto" for the newest of this task, if there is
-    one: the run goes on as if it had never stopped. SIGTERM and Ctrl-C save and raise SystemExit(STOPPED). Raises
-    UserError for what the configuration or its files have wrong.
+    one: the run goes on as if it had never stopped. SIGTERM and Ctrl-C save and raise SystemExit(STOPPED); before the
+    first step Ctrl-C raises SystemExit(INTERRUPTED). Raises UserError for what the configuration or its files have
+    wrong.
     """
-    run = set_up(cfg, task, rebuild_cache)
-    cfg, output = run.cfg, run.cfg.output
-    if cache_only:
+    with before_the_first_step():
+        run = set_up(cfg, task, rebuild_cache)
+        cfg, output = run.cfg, run.cfg.output
+        if cache_only:
+            processes.say(report(run))
+            return None
+        checkpoint = go_on_from(run, resume) if resume else None
+        processes.say(dump_config(cfg))
         processes.say(report(run))
-        return None
-    checkpoint = go_on_from(run, resume) if resume else None
-    processes.say(dump_config(cfg))
-    processes.say(report(run))
-    processes.say(f"resume    {f'{checkpoint} at step {run.global_step}' if checkpoint else 'no: from the start'}")
-    batches = open_batches(run)
-    if dry_run:
-        with one_line_errors():
-            processes.say(estimate(next(batches), run))
-        return None
-    check_writable(run.folder)
-    check_writable(output.log_dir)
+        processes.say(f"resume    {f'{checkpoint} at step {run.global_step}' if checkpoint else 'no: from the start'}")
+        batches = open_batches(run)
+        if dry_run:
+            with one_line_errors():
+                processes.say(estimate(next(batches), run))
+            return None
+        check_writable(run.folder)
+        check_writable(output.log_dir)
+        log, steps = RunLog(run), steps_to_go(run)
 
-    log, steps = RunLog(run), steps_to_go(run)
-    with StopRequest() as stop:
+    with StopRequest(says_so=processes.is_main()) as stop:
         for global_step in steps:
             with log.counting_flops():
                 losses, prompts = optimizer_step(run, global_step, batches, log)
@@ -146,8 +148,7 @@ def go_on_from(run: Run, resume: str) -> Path | None:
 def steps_to_go(run: Run) -> tqdm:
     """The numbers of the optimiser steps that are left, under a progress bar."""
     done, total = run.global_step, run.total_steps
-    disable = not processes.is_main()
-    return tqdm(range(done + 1, total + 1), run.task, unit="step", initial=done, total=total, disable=disable)
+    return progress(range(done + 1, total + 1), run.task, unit="step", initial=done, total=total)
 
 
 def shown_losses(scalars: dict[str, float]) -> dict[str, str]:
@@ -167,34 +168,6 @@ def save(run: Run) -> Path:
     return folder
 
 
-class StopRequest:
-    """Notes the first SIGTERM or Ctrl-C instead of ending at once; a second Ctrl-C ends at once."""
-
-    requested = False
-
-    def __enter__(self):
-        self.earlier_handlers = {}
-        if threading.current_thread() is threading.main_thread():  # only there can signals be handled
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.earlier_handlers[number] = signal.signal(number, self.note)
-        return self
-
-    def note(self, number, frame):
-        self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(self, *_):
-        for number, handler in self.earlier_handlers.items():
-            signal.signal(number, handler)
-
-
-def outlive_the_step(worker: int) -> None:
-    """A signal to a whole group of processes is the main one's to answer: the loader's workers go on until its step
-    is done. Python ends them with SIGTERM too, at exit, so it must not be ignored for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
-
-
 def diverged(run: Run, global_step: int, checkpoint: Path | None, prompts: list[str]) -> UserError:
     rows = "; ".join(prompts[:4]) + ("; ..." if len(prompts) > 4 else "")
     return UserError(
@@ -211,7 +184,7 @@ def open_batches(run: Run) -> Iterator[dict]:
         run.dataset,
         batch_sampler=shuffled_batches(run.dataset, run.schedule.batch_size, cfg.training.seed, start, count),
         num_workers=cfg.data.num_workers,
-        worker_init_fn=outlive_the_step,
+        worker_init_fn=leave_signals_to_the_main_process,
         pin_memory=run.base.device.type == "cuda",
     )
     return iter(loader)

@@ -2,7 +2,7 @@
 
 import json
 import math
-import resource
+import sys
 import time
 from collections import defaultdict
 from contextlib import contextmanager
@@ -88,7 +88,8 @@ class RunLog:
         samples = self.steps * run.schedule.effective_batch_size * len(CONDITIONS[run.task])
         means = {name: sum(values) / len(values) for name, values in self.since_flush.items()}
         means |= {"samples_per_second": samples / seconds, "data_wait_share": self.waited / seconds}
-        means["peak_memory_gb"] = peak_memory(device) / 1e9
+        if peak := peak_memory(device):
+            means["peak_memory_gb"] = peak / 1e9
         means |= lora_norms(run.base.unet)
         if self.flops and (peak := peak_flops(device)):
             means["mfu"] = self.flops * self.steps / seconds / peak
@@ -127,11 +128,16 @@ def flat_settings(settings: dict, prefix: str = "") -> dict:
     return flat
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of CUDA allocations, or of this process."""
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: of CUDA allocations, or of this process; None on Windows, which does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def peak_flops(device: torch.device) -> float | None:

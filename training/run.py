@@ -27,6 +27,7 @@ from render.bodies import Body
 from render.rigs import load_body
 from render.uv_space import uv_mask
 from training.caching import use_caches
+from training.launcher import check_launch, launched_device, launched_precision
 from training.tasks import CONDITIONS
 
 # Optimisers from packages that are not required: module, class.
@@ -142,8 +143,9 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
     schedule, settings = getattr(cfg.training, task), cfg.training
     _check_divides(schedule, task)
     processes.keep_freed_memory()
-    device = processes.join(pick_device(settings.device))
-    precision = resolve_precision(settings.mixed_precision, device)
+    check_launch()
+    device = processes.join(pick_device(launched_device(settings.device)))
+    precision = resolve_precision(launched_precision(settings.mixed_precision), device)
     base = load_configured_base(cfg.model, device, frozen_dtype(precision, device))
     aligner, groups = _add_trained(cfg, task, base)
     parameters = [parameter for group in groups for parameter in group["params"]]
