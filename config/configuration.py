@@ -97,6 +97,7 @@ class Schedule(Section):
     effective_batch_size: Positive = 32  # rows in one optimiser step, a multiple of batch_size times processes
     num_epochs: Positive = 10
     max_steps: Positive | None = None  # optimiser steps; null: num_epochs
+    max_minutes: Annotated[Number, Field(gt=0)] | None = None  # wins over both: steps follow from the speed
     learning_rate: Annotated[Number, Field(gt=0)] = 1e-4
     aligner_learning_rate: Annotated[Number, Field(gt=0)] | None = None  # null: learning_rate
     lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"

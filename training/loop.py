@@ -5,6 +5,8 @@ optimiser step → checkpoint.
 """
 
 import itertools
+import statistics
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +28,8 @@ from training.progress import progress
 from training.run import Run, set_up
 from training.stopping import StopRequest, before_the_first_step, leave_signals_to_the_main_process
 
+MEASURED_STEPS = 6
+TRAINING_SHARE = 0.95  # of a run's time; validation, samples and checkpoints take the others
 LAST_PLACE = 2**32 - 2  # in a step, for what is drawn once and not for a row
 
 
@@ -50,7 +54,7 @@ def train(
         if cache_only:
             processes.say(report(run))
             return None
-        checkpoint = go_on_from(run, resume) if resume else None
+        checkpoint = go_on_from(run, resume)
         processes.say(dump_config(cfg))
         processes.say(report(run))
         processes.say(f"resume    {f'{checkpoint} at step {run.global_step}' if checkpoint else 'no: from the start'}")
@@ -137,12 +141,39 @@ def optimizer_step(
     return scalars, prompts
 
 
-def go_on_from(run: Run, resume: str) -> Path | None:
-    """Restores the run from the checkpoint that `train` is told to resume from → that checkpoint, None without one."""
-    checkpoint = newest_state(run.folder) if resume == "auto" else Path(resume)
+def go_on_from(run: Run, resume: str | None) -> Path | None:
+    """Restores the run from the checkpoint that `train` is told to resume from → that checkpoint, None without one.
+
+    With training.<task>.max_minutes the run's length is measured once: a resumed run keeps it, so that it ends as an
+    undisturbed one would; other minutes than the checkpoint's begin where that stands.
+    """
+    checkpoint = newest_state(run.folder) if resume == "auto" else Path(resume) if resume else None
+    state = load_state(checkpoint, run.cfg, run.task) if checkpoint else {"global_step": 0}
+    if minutes := run.schedule.max_minutes:
+        is_measured = state.get("max_minutes") == minutes
+        run.train_until(state["total_steps"] if is_measured else state["global_step"] + steps_in(run, minutes))
     if checkpoint:
-        run.restore(load_state(checkpoint, run.cfg, run.task))
+        run.restore(state)
     return checkpoint
+
+
+def steps_in(run: Run, minutes: float) -> int:
+    """Optimiser steps that this machine does in that time, by the median of a few that change nothing."""
+    batches, seconds = open_batches(run), []
+    draws = RowDraws(run.cfg.training.seed, 0, range(run.schedule.batch_size))
+    for _ in range(MEASURED_STEPS):
+        began = time.perf_counter()
+        with one_line_errors():
+            batch = next(batches)
+        for losses in batch_losses(run, batch, draws):
+            losses["loss/combined"].backward()
+        torch.stack([parameter.grad.sum() for parameter in run.parameters if parameter.grad is not None]).tolist()
+        seconds.append(time.perf_counter() - began)
+    run.optimizer.zero_grad(set_to_none=True)
+    a_step = statistics.median(seconds[1:]) * run.accumulation  # the first one compiles and allocates
+    steps = torch.tensor(max(1, int(60 * minutes * TRAINING_SHARE / a_step)), device=run.base.device)
+    processes.copy_from_main([steps])
+    return int(steps)
 
 
 def steps_to_go(run: Run) -> tqdm:

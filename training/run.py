@@ -86,7 +86,14 @@ class Run:
             "ema": self.ema.state_dict() if self.ema else None,
             "global_step": self.global_step,
             "skipped": self.skipped,
+            "total_steps": self.total_steps,
+            "max_minutes": self.schedule.max_minutes,
         }
+
+    def train_until(self, total_steps: int) -> None:
+        """Ends the run, and the decay of its learning rate, at that step; to be called before `restore`."""
+        self.total_steps = total_steps
+        self.lr_scheduler = make_lr_scheduler(self.optimizer, self.schedule, total_steps)
 
     def restore(self, state: dict) -> None:
         """Takes over what `state` gave, but for the learning rates: the configuration may have lowered them."""
@@ -165,9 +172,7 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
     total_steps = schedule.max_steps or max(1, schedule.num_epochs * len(dataset) // schedule.effective_batch_size)
 
     optimizer = make_optimizer(settings.optimizer, groups, schedule)
-    decay = "constant_with_warmup" if schedule.lr_scheduler == "constant" else schedule.lr_scheduler
-    warmup = schedule.lr_warmup_steps
-    lr_scheduler = get_scheduler(decay, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+    lr_scheduler = make_lr_scheduler(optimizer, schedule, total_steps)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     ema = EMAModel(parameters, decay=settings.ema_decay) if settings.ema_decay else None
     return Run(
@@ -188,6 +193,12 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
         texel_weight=_texel_weight(settings.outside_weight, body, dataset.resolution, base),
         null_states=null_states,
     )
+
+
+def make_lr_scheduler(optimizer, schedule: Schedule, total_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    decay = "constant_with_warmup" if schedule.lr_scheduler == "constant" else schedule.lr_scheduler
+    warmup = schedule.lr_warmup_steps
+    return get_scheduler(decay, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
 
 
 def _texel_weight(outside_weight: float, body: Body, resolution: int, base: BaseModel) -> Tensor | None:

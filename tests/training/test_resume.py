@@ -208,3 +208,36 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(config,
         moved = any(not torch.equal(*pair) for pair in zip(before, run.parameters))
         assert moved == (step != 2), step
     assert counted == [0, 1, 0] and run.skipped == 0
+
+
+def test_minutes_of_training_are_measured_once(make_config, tmp_path, monkeypatch):
+    def config(name: str, minutes: float):
+        return make_config(*OPTIONS, f"training.joint.max_minutes={minutes}", f"output.out_dir={tmp_path / name}")
+
+    monkeypatch.setattr(training, "steps_in", lambda run, minutes: int(10 * minutes))
+    whole = train(config("whole", 0.7), "joint")
+    assert whole.name == "step-000007", "max_steps does not count"
+
+    def stop():
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, stop)
+        with pytest.raises(RuntimeError):
+            train(config("cut", 0.7), "joint")
+    monkeypatch.setattr(training, "steps_in", lambda *_: pytest.fail("measured again"))
+    resumed = train(config("cut", 0.7), "joint", resume="auto")
+    assert resumed.name == "step-000007"
+    assert_equal(state(whole), state(resumed))
+
+    monkeypatch.setattr(training, "steps_in", lambda run, minutes: int(10 * minutes))
+    assert train(config("cut", 0.2), "joint", resume="auto").name == "step-000009", "other minutes begin there"
+
+
+def test_the_speed_is_measured_without_a_trace(make_config):
+    run = set_up(make_config(*OPTIONS, "training.joint.max_minutes=1"), "joint")
+    before = [parameter.detach().clone() for parameter in run.parameters]
+    few, many = training.steps_in(run, 0.05), training.steps_in(run, 5)
+    assert few < many and many > 20
+    assert all(torch.equal(*pair) for pair in zip(before, run.parameters))
+    assert all(parameter.grad is None for parameter in run.parameters) and run.global_step == 0
