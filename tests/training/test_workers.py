@@ -14,12 +14,13 @@ from training.loop import open_batches
 from training.run import set_up
 from training.stopping import leave_signals_to_the_main_process
 
-# As Windows has it: no module of these names, and no alarm.
+# As Windows has it: no module of this name, and no alarm. Other packages look for them elsewhere there.
 ON_WINDOWS = """
 import signal, sys
-sys.modules.update(resource=None, fcntl=None)
+import torch.utils.tensorboard
+import models.pipeline
+sys.modules["resource"] = None
 del signal.alarm
-import torch
 from training.loop import train
 from training.monitoring import peak_memory
 assert peak_memory(torch.device("cpu")) is None
