@@ -7,6 +7,11 @@ python infer_uv.py --prompts-file prompts.txt --out textures            # goes o
 python infer_uv.py --settings outputs/texture.png --out again.png       # the same texture once more
 """
 
+import signal
+
+if __name__ == "__main__":  # while the imports take their seconds, Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import itertools
 import json
@@ -20,12 +25,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
 
 from common import processes
 from common.errors import INCOMPLETE, UserError, exit_on_user_error
 from common.files import check_writable, content_hash, write_whole
 from common.pictures import encode_image, open_image, picture_files
+from common.progress import progress
 from common.text import read_lines
 from config.configuration import DEFAULT_CONFIG, dotted_overrides
 from models.diffusion import SAMPLERS
@@ -374,20 +379,21 @@ def open_pictures(jobs: list[Job]) -> tuple[list[Job], dict[str, Image.Image], l
 def make_all(jobs: list[Job], call: Call, copies: tuple[int, int] | None, batch_size: int) -> list[str]:
     """Makes and writes the textures → what is wrong with the pictures that were left out."""
     skipped = []
-    progress = tqdm(total=len(jobs), desc="textures", unit="texture", disable=not call.is_list)
+    bar = progress(total=len(jobs), desc="textures", unit="texture", hidden=not call.is_list)
     for group in batches(jobs, batch_size, call.pipeline):
         usable, opened, damaged = open_pictures(group)
         skipped += damaged
         for message in damaged:
-            progress.write(f"skipped: {message}", file=sys.stderr)
+            bar.write(f"skipped: {message}", file=sys.stderr)
         if usable:
-            steps = tqdm(total=call.settings.num_inference_steps, desc="denoising", unit="step", disable=call.is_list)
+            count = call.settings.num_inference_steps
+            steps = progress(total=count, desc="denoising", unit="step", hidden=call.is_list)
             textures = make_batch(usable, opened, copies, call, steps.update)
             steps.close()
             for row, (job, texture) in enumerate(zip(usable, textures)):
                 finish(job, texture, copies or (row, len(usable)), call)
-        progress.update(len(group))
-    progress.close()
+        bar.update(len(group))
+    bar.close()
     return skipped
 
 
@@ -404,6 +410,7 @@ def finish(job: Job, texture: Image.Image, batch: tuple[int, int], call: Call) -
 
 
 def main():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with exit_on_user_error():
         args, overrides = parse_args()
         by_hand, told = argparse.Namespace(**vars(args)), fill_from_settings(args)

@@ -1,10 +1,11 @@
-"""What a user can mend, or has asked for: one line on stderr and an exit status, 2 or 75."""
+"""What a user can mend, or has asked for: one line on stderr and an exit status."""
 
 import contextlib
 import signal
 import sys
 
 INCOMPLETE = 3  # exit status of a command that left out what it could not read, and did everything else
+INTERRUPTED = 128 + signal.SIGINT  # exit status of what Ctrl-C ended, as shells have it
 STOPPED = 75  # exit status of a run that was asked to stop, saved, and can go on
 
 
@@ -14,12 +15,16 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def exit_on_user_error():
-    """Turns a UserError into one line on stderr and exit status 2; any other error keeps its traceback."""
+    """Turns a UserError into one line on stderr and exit status 2, and Ctrl-C into one and INTERRUPTED; any other error
+    keeps its traceback."""
     try:
         yield
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; what is written is whole", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 @contextlib.contextmanager

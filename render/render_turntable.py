@@ -5,6 +5,7 @@ python render/render_turntable.py --texture outputs --format sheet --pose walkin
 """
 
 import argparse
+import collections
 import sys
 from pathlib import Path
 
@@ -37,7 +38,10 @@ def jobs(texture: Path, out: Path, chosen: str | None) -> list[tuple[Path, Path]
         if out.suffix.lower() not in SUFFIXES:
             raise UserError(f"--out {out}: write .gif, .webp, .mp4, .png (a contact sheet), or a folder (frames)")
         return [(texture, out)]
-    return [(path, out / (path.stem + FORMATS[chosen or "gif"])) for path in picture_files(texture)]
+    textures, suffix = picture_files(texture), FORMATS[chosen or "gif"]
+    alike = collections.Counter(path.stem for path in textures)  # a.png and a.jpg keep their kind in the name
+    names = [path.stem if alike[path.stem] == 1 else path.name.replace(".", "-") for path in textures]
+    return [(path, out / (name + suffix)) for path, name in zip(textures, names)]
 
 
 def main():

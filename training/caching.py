@@ -26,11 +26,11 @@ from atlas_dataset.dataset import ATLASLarge
 from common import processes
 from common.errors import UserError, one_line_errors, reason
 from common.files import check_writable, temporary_name, write_whole
+from common.progress import progress
 from config.configuration import Config
 from models.base import BaseModel
 from models.conditioning import encode_images, encode_prompts
 from models.diffusion import autocast, encode_posterior
-from training.progress import progress
 from training.stopping import leave_signals_to_the_main_process
 
 ROWS_AT_ONCE = 8

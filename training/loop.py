@@ -20,11 +20,11 @@ from atlas_dataset.dataset import ATLASLarge
 from common import processes
 from common.errors import STOPPED, UserError, one_line_errors
 from common.files import check_writable
+from common.progress import progress
 from config.configuration import Config, dump_config
 from models.checkpoints import drop_old_checkpoints, load_state, newest_state, save_checkpoint
 from training.monitoring import RunLog, estimate, report, sample_grid
 from training.objective import RowDraws, batch_losses, row_generator, validation_losses
-from training.progress import progress
 from training.run import Run, set_up
 from training.stopping import StopRequest, before_the_first_step, leave_signals_to_the_main_process
 

@@ -9,7 +9,7 @@ import sys
 import threading
 from contextlib import contextmanager
 
-INTERRUPTED = 128 + signal.SIGINT  # exit status of what Ctrl-C ended, as shells have it
+from common.errors import INTERRUPTED
 
 
 @contextmanager

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import command_line
 
-from common.errors import STOPPED
+from common.errors import INTERRUPTED, STOPPED
 from common.files import PROJECT_ROOT
-from training.stopping import INTERRUPTED
 
 # Runs joint.py and sends a signal, once or twice, to its group of processes at a call of one of its functions.
 STARTER = """
