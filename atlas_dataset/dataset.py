@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -104,20 +105,21 @@ class ATLASLarge(Dataset):
         """From now on `views_per_texture` rows a texture, whose renders are made when they are read: no two epochs
         show the same. Stored renders are not read.
         """
-        rig, height = load_rig(body, render.poses), self.image_size[0]
-        mask = uv_mask(rig.body, self.resolution)
+        mask = uv_mask(load_rig(body, render.poses).body, self.resolution)
         self.renders, self.texture_rows = (
             None,
             [row for row in range(len(self.textures)) for _ in range(views_per_texture)],
         )
-
-        def fresh_render(texture_row: int, number: int) -> Tensor:
-            texture, size = fill_outside(self.texture(texture_row), mask), (height, height * 3 // 4)
-            picture, _ = render_texture(rig, texture, render, seed, texture_row, [number], *size)[0]
-            return prepare_image(image_from_pixels(picture), self.image_size)
-
-        self.fresh_render = fresh_render
+        self.fresh_render = partial(self._fresh_render, render, body, mask, seed)  # not a closure: workers unpickle it
         self.rows = np.arange(self._stored_rows())
+
+    def _fresh_render(
+        self, render: Render, body: str, mask: Tensor, seed: int, texture_row: int, number: int
+    ) -> Tensor:
+        rig, height = load_rig(body, render.poses), self.image_size[0]
+        texture, size = fill_outside(self.texture(texture_row), mask), (height, height * 3 // 4)
+        picture, _ = render_texture(rig, texture, render, seed, texture_row, [number], *size)[0]
+        return prepare_image(image_from_pixels(picture), self.image_size)
 
     def render_shape(self) -> tuple[int, int]:
         """(height, width) of the first stored render; a square where there is none."""

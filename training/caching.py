@@ -7,8 +7,10 @@ nothing there and is made anew, and only what changed is. Shards are safetensors
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,8 @@ from config.configuration import Config
 from models.base import BaseModel
 from models.conditioning import encode_images, encode_prompts
 from models.diffusion import autocast, encode_posterior
+from training.progress import progress
+from training.stopping import leave_signals_to_the_main_process
 
 ROWS_AT_ONCE = 8
 ROWS_PER_SHARD = 256  # whole batches, so that a build cut short goes on with the same ones
@@ -35,25 +39,36 @@ VERSION = 1  # raised when the code that makes an entry gives other numbers
 
 
 class Cache:
-    """The tensors in the shards of one folder, by their keys."""
+    """The tensors in the shards of one folder, by their keys.
+
+    Pickled, as for the workers of a loader, it holds no open file: each process opens its own.
+    """
 
     def __init__(self, folder: Path):
         """Raises UserError when a shard cannot be read."""
-        self.shards = {}
+        self.open_shards = {}
+        self.file_of = {}  # key → shard
         for file in sorted(folder.glob("*.safetensors")):
+            self.file_of.update(dict.fromkeys(self._shard(file).keys(), file))
+
+    def _shard(self, file: Path) -> safe_open:
+        if file not in self.open_shards:
             try:
-                shard = safe_open(file, "pt")
-                self.shards.update(dict.fromkeys(shard.keys(), shard))
+                self.open_shards[file] = safe_open(file, "pt")
             except (OSError, SafetensorError) as error:
                 raise UserError(
                     f"cache file {file} is damaged ({reason(error)}); run again with --rebuild-cache"
                 ) from None
+        return self.open_shards[file]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "open_shards": {}}
 
     def __contains__(self, key: str) -> bool:
-        return key in self.shards
+        return key in self.file_of
 
     def __getitem__(self, key: str) -> Tensor:
-        return self.shards[key].get_tensor(key)
+        return self._shard(self.file_of[key]).get_tensor(key)
 
 
 @dataclass
@@ -97,19 +112,43 @@ def weights_digest(module: torch.nn.Module) -> str:
     return digest(json.dumps(settings, sort_keys=True, default=str), *state, *weights_bytes)
 
 
-def picture_keys(table, column: str, root: Path) -> list[str]:
-    """A hash of each picture's bytes, remembered under the table's fingerprint, which changes with its files."""
-    memo = root / f"keys-{table._fingerprint}-{column}.json"
-    if memo.exists():
-        return json.loads(memo.read_text())
-    keys, all_inside = [], True
-    for row in tqdm(table.select_columns(column), f"{column} keys", unit="row", leave=False):
+def picture_keys(table, column: str, root: Path, rebuild: bool = False) -> list[str]:
+    """A hash of each picture's bytes, remembered as long as the table's files are the same. Raises UserError when one
+    cannot be read."""
+    memo = root / f"keys-{files_digest(table)}-{column}.json"
+    if not rebuild and memo.exists():
+        with suppress(ValueError):  # damaged: made anew
+            keys = json.loads(memo.read_bytes())
+            if len(keys) == len(table):
+                return keys
+    keys, is_inside = [], bool(table.cache_files)
+    for row in progress(table.select_columns(column), f"{column} keys", unit="row", leave=False):
         content = row[column]["bytes"]
-        all_inside &= bool(content)
-        keys.append(digest(content or Path(row[column]["path"]).read_bytes()))
-    if all_inside:  # pictures outside the table may change without it
+        is_inside &= bool(content)
+        keys.append(digest(content or _read_picture(row[column]["path"])))
+    if is_inside:  # pictures outside the table may change without it
         write_whole(memo, json.dumps(keys).encode())
     return keys
+
+
+def files_digest(table) -> str:
+    """A hash of a table's fingerprint and of its files' names, sizes and times.
+
+    The fingerprint alone says how a table was made: it stays when the same code reads other pictures. The time of the
+    last change of an inode (st_ctime) cannot be set back, as a modification time can.
+    """
+    identities = []
+    for file in table.cache_files:
+        status = os.stat(file["filename"])
+        identities.append(f"{file['filename']} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}")
+    return digest(table._fingerprint, *identities)
+
+
+def _read_picture(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read picture {path}: {reason(error)}") from None
 
 
 def use_caches(
@@ -128,10 +167,10 @@ def use_caches(
         )
     root = Path(cfg.data.cache_dir) / "encoded"
     check_writable(root)
-    for encoding in _encodings(cfg, base, dataset, root, precision):
+    for encoding in _encodings(cfg, base, dataset, root, precision, rebuild):
         folder = root / f"{encoding.name}-{encoding.maker}"
         if rebuild and processes.is_main():
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         processes.wait()
         cache = Cache(folder)
         missing = {key: row for row, key in enumerate(encoding.keys) if key not in cache}
@@ -144,7 +183,18 @@ def use_caches(
         dataset.cached[encoding.name] = CachedRows(cache, encoding.keys)
 
 
-def _encodings(cfg: Config, base: BaseModel, dataset: ATLASLarge, root: Path, precision) -> list[Encoding]:
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"cannot delete {folder}: {reason(error)}; delete it by hand") from None
+
+
+def _encodings(
+    cfg: Config, base: BaseModel, dataset: ATLASLarge, root: Path, precision: torch.dtype | None, rebuild: bool
+) -> list[Encoding]:
     """What data.cache asks for."""
 
     def encode_textures(pixels: Tensor) -> Tensor:  # (B, 2, 4, h, w)
@@ -156,7 +206,7 @@ def _encodings(cfg: Config, base: BaseModel, dataset: ATLASLarge, root: Path, pr
 
     how = (str(VERSION), str(precision))
     maker = digest(weights_digest(base.vae), str(dataset.resolution), *how)
-    keys = picture_keys(dataset.textures, "texture", root)
+    keys = picture_keys(dataset.textures, "texture", root, rebuild)
     encodings = [Encoding("posterior", maker, keys, dataset.texture, encode_textures)]
     if cfg.data.cache == "all":
         prompts = [cfg.model.prompt_template.format(prompt=prompt) for prompt in dataset.prompts]
@@ -167,7 +217,7 @@ def _encodings(cfg: Config, base: BaseModel, dataset: ATLASLarge, root: Path, pr
     if cfg.data.cache == "all" and dataset.renders is not None:
         settings = (*base.image_processor.image_mean, *base.image_processor.image_std, *dataset.image_size)
         maker = digest(weights_digest(base.image_encoder), *map(str, settings), *how)
-        keys = picture_keys(dataset.renders, "image", root)
+        keys = picture_keys(dataset.renders, "image", root, rebuild)
         encodings.append(Encoding("image_tokens", maker, keys, dataset.image, encode_pictures))
     return encodings
 
@@ -178,23 +228,24 @@ def _build(folder: Path, encoding: Encoding, missing: dict[str, int], num_worker
     check_writable(folder)
     keys = list(missing)
     shards = [keys[start : start + ROWS_PER_SHARD] for start in range(0, len(keys), ROWS_PER_SHARD)]
-    is_main = processes.is_main()
-    is_space_checked = not is_main
-    name = f"cache of {encoding.name}"
-    with tqdm(total=len(keys), desc=name, unit="row", disable=not is_main) as progress:
+    is_space_checked = not processes.is_main()
+    with progress(total=len(keys), desc=f"cache of {encoding.name}", unit="row") as bar:
         for shard_keys in shards[processes.rank() :: processes.world_size()]:
             inputs = _Inputs(encoding.read, [missing[key] for key in shard_keys])
+            loader = DataLoader(
+                inputs, ROWS_AT_ONCE, num_workers=num_workers, worker_init_fn=leave_signals_to_the_main_process
+            )
             entries = {}
             with one_line_errors():
-                for batch in DataLoader(inputs, ROWS_AT_ONCE, num_workers=num_workers):
+                for batch in loader:
                     encoded = encoding.encode(batch).cpu()  # (B, ...)
                     if not is_space_checked:
-                        _check_space(folder, len(keys), encoded[0], progress)
+                        _check_space(folder, len(keys), encoded[0], bar)
                         is_space_checked = True
                     for key, entry in zip(shard_keys[len(entries) :], encoded):
                         _check_finite(entry, f"{encoding.name} of row {missing[key]}")
                         entries[key] = entry.clone(memory_format=torch.contiguous_format)
-                    progress.update(len(encoded))
+                    bar.update(len(encoded))
             _write(folder / f"{digest(*shard_keys)}.safetensors", entries)
 
 
@@ -216,10 +267,10 @@ def _check_finite(entry: Tensor, name: str) -> None:
         raise UserError(f"{name} is not finite; set training.mixed_precision to bf16 or no")
 
 
-def _check_space(folder: Path, count: int, entry: Tensor, progress: tqdm) -> None:
+def _check_space(folder: Path, count: int, entry: Tensor, bar: tqdm) -> None:
     needed = count * entry.numel() * entry.element_size() / 1e6
     free = shutil.disk_usage(folder).free / 1e6
-    progress.write(f"{folder} will take {needed:.1f} MB for {count} rows; {free:.0f} MB are free")
+    bar.write(f"{folder} will take {needed:.1f} MB for {count} rows; {free:.0f} MB are free")
     if needed > free:
         raise UserError(
             f"{folder} needs {needed:.1f} MB but {free:.0f} MB are free; set data.cache_dir to another disk or "
@@ -233,5 +284,6 @@ def _write(file: Path, entries: dict[str, Tensor]) -> None:
         safetensors.torch.save_file(entries, partial)
         partial.replace(file)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"cannot write {file}: {reason(error)}; make room: the shards so far are kept") from None
+    finally:  # Ctrl-C too
+        partial.unlink(missing_ok=True)

@@ -1,15 +1,20 @@
 """Caches on disk: they change nothing, notice what changed, and are whole or refused."""
 
+import os
 import shutil
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import command_line
 from PIL import Image
 from test_training import scalars
+from transformers import CLIPTokenizer
 
 from atlas_dataset.building import build_dataset
+from atlas_dataset.dataset import ATLASLarge
 from atlas_dataset.sources import HuggingFaceATLAS
 from common.errors import UserError
 from joint import main as joint_main
@@ -76,6 +81,64 @@ def test_only_what_changed_is_made_again(make_config, mesh, textures, tmp_path, 
     assert encoded("data.resolution=32") == {"posterior": 4}, "other pixels"
     assert encoded("model.prompt_template=a texture of {prompt}") == {"text_states": 4}
     assert encoded() == {}, "the first are still there"
+
+
+def seed_layout(folder: Path, colour: int, fingerprint: str) -> Path:
+    """One texture, of one colour, in a table that says it was made as any other of that fingerprint."""
+    texture = np.full((8, 8, 3), colour, np.uint8)
+    features = datasets.Features(texture=datasets.Image(), prompt=datasets.Value("string"))
+    table = datasets.Dataset.from_dict({"texture": [Image.fromarray(texture)], "prompt": ["a man"]}, features)
+    table._fingerprint = fingerprint
+    table.save_to_disk(folder)
+    return folder
+
+
+def test_another_picture_of_the_same_size_time_and_fingerprint_is_noticed(tmp_path):
+    """As when the code that made a table runs again over pictures that were edited."""
+    keys, root = [], tmp_path / "encoded"
+    for colour in (10, 200):
+        folder = seed_layout(tmp_path / f"made-{colour}", colour, "f" * 16)
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        folder.rename(tmp_path / "data")
+        for file in (tmp_path / "data").iterdir():
+            os.utime(file, (1, 1))
+        textures = ATLASLarge(tmp_path / "data", False, 32).textures
+        keys.append(caching.picture_keys(textures, "texture", root))
+        assert caching.picture_keys(textures, "texture", root) == keys[-1], "remembered"
+        assert len(list(root.glob("keys-*.json"))) == len(keys)
+    assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize("content", ["[", "[]", None])
+def test_remembered_keys_that_are_damaged_or_to_be_rebuilt_are_made_anew(content, tmp_path):
+    textures = ATLASLarge(seed_layout(tmp_path / "data", 10, "f" * 16), False, 32).textures
+    keys = caching.picture_keys(textures, "texture", tmp_path)
+    (memo,) = tmp_path.glob("keys-*.json")
+    memo.write_text('["wrong"]' if content is None else content)
+    assert caching.picture_keys(textures, "texture", tmp_path, rebuild=content is None) == keys
+    assert memo.read_text() == f'["{keys[0]}"]'
+
+
+def test_another_padding_token_is_noticed(make_config, tiny_base, tmp_path, encoded_rows):
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer", pad_token="!")
+    assert tokenizer.pad_token_id != CLIPTokenizer.from_pretrained(tiny_base / "tokenizer").pad_token_id
+    tokenizer.save_pretrained(base / "tokenizer")
+    for name in (tiny_base, base):
+        encoded_rows.clear()
+        set_up(make_config(f"model.pretrained_model={name}"), "t2uv")
+        assert encoded_rows.get("text_states") == 4
+
+
+def test_a_cache_that_cannot_be_deleted_is_not_taken_for_rebuilt(make_config, monkeypatch):
+    set_up(make_config(), "t2uv")
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(caching.shutil, "rmtree", refuse)
+    with pytest.raises(UserError, match=r"cannot delete .*posterior-.*: Permission denied; delete it by hand"):
+        set_up(make_config(), "t2uv", rebuild_cache=True)
 
 
 def test_another_base_is_noticed(make_config, tiny_base, tmp_path, encoded_rows):

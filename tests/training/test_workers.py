@@ -1,0 +1,71 @@
+"""Loaders' workers under each way of starting them, and what a platform may lack."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from common.files import PROJECT_ROOT
+from training.loop import open_batches
+from training.run import set_up
+from training.stopping import leave_signals_to_the_main_process
+
+# As Windows has it: no module of this name, and no alarm. Other packages look for them elsewhere there.
+ON_WINDOWS = """
+import signal, sys
+import torch.utils.tensorboard
+import models.pipeline
+sys.modules["resource"] = None
+del signal.alarm
+from training.loop import train
+from training.monitoring import peak_memory
+assert peak_memory(torch.device("cpu")) is None
+"""
+
+
+@pytest.fixture(params=["spawn", "forkserver"])
+def start_method(request):
+    """As macOS and Windows (spawn) and Linux from Python 3.14 (forkserver) start processes."""
+    earlier = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(request.param, force=True)
+    yield request.param
+    multiprocessing.set_start_method(earlier, force=True)
+
+
+def test_workers_that_do_not_fork_read_the_same_batches(start_method, make_config):
+    """Cached tensors and renders made online; with spawn they build the caches too."""
+    builders = 1 if start_method == "spawn" else 0
+    views = ("data.views=online", "data.views_per_texture=2", "data.cache=all")
+    run = set_up(make_config(*views, f"data.num_workers={builders}"), "joint")
+    run.cfg.data.num_workers = 0
+    expected = next(open_batches(run))
+    run.dataset.decoded.clear()
+    run.cfg.data.num_workers = 1
+    batch = next(open_batches(run))
+    assert batch.keys() == expected.keys() == {"posterior", "text_states", "image", "prompt", "texture_id"}
+    assert batch.pop("prompt") == expected.pop("prompt")
+    for key, value in batch.items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_training_does_without_what_windows_lacks():
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT)}
+    command = [sys.executable, "-c", ON_WINDOWS]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_worker_without_an_alarm(monkeypatch):
+    monkeypatch.delattr(signal, "alarm")
+    earlier = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        leave_signals_to_the_main_process(0)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is earlier[signal.SIGTERM]
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
