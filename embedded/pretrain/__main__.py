@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from common.errors import UserError, exit_on_user_error
-from common.files import write_whole
+from common.files import check_writable, write_whole
 from embedded.pretrain.autoencoder import train_autoencoder
 from embedded.pretrain.card import write_index_and_card
 from embedded.pretrain.contrastive import train_contrastive
@@ -68,6 +68,8 @@ def run_stage(name: str, run: Run, steps: int) -> None:
                 f"stage {name} builds on stage {needed}, which is not finished in {run.out}: "
                 f"run `python -m embedded.pretrain --stage {needed}` first"
             )
+    check_writable(run.out)
+    check_writable(run.work)
     # Two stages may write one folder, so that it is there says nothing about the later one.
     outdated = [name, *(later for later, stage in STAGES.items() if name in stage.needs)]
     summaries.update(dict.fromkeys(outdated))
@@ -98,8 +100,6 @@ def main():
         device = torch.device(args.device)
         precision = resolve_precision(args.mixed_precision, device)
         run = Run(args.out, args.work, args.renders, args.outfits, device, precision)
-        run.out.mkdir(parents=True, exist_ok=True)
-        run.work.mkdir(parents=True, exist_ok=True)
         for name in [args.stage] if args.stage else STAGES:
             run_stage(name, run, getattr(args, f"{name}_steps", 0))
         summaries = read_summaries(run)

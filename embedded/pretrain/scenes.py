@@ -6,10 +6,8 @@ several poses, with captions that are nearly right, and where its regions are.
 
 import json
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from tqdm import tqdm
 
 from atlas_dataset.building import prepare_renderer
 from atlas_dataset.views import frame_bodies, render_texture, sample_view
+from common import processes
 from config.configuration import Render
 from embedded import painter
 from embedded.grammar import ETHNICITIES, HAIR, STYLES, Outfit, sample_outfit
@@ -182,10 +181,7 @@ def load_renders(work: Path, name: str, scene: Callable, count: int, seed: int) 
     if done < count:
         shape = (count, *scene(seed, 0)[0].shape)
         array = np.lib.format.open_memmap(pictures, "r+" if done else "w+", np.uint8, shape)
-        with (
-            ProcessPoolExecutor(initializer=prepare_renderer, mp_context=get_context("spawn")) as pool,
-            labels.open("a") as lines,
-        ):
+        with processes.worker_pool(processes.cores(), prepare_renderer) as pool, labels.open("a") as lines:
             scenes = pool.map(partial(scene, seed), range(done, count), chunksize=32)
             for index, (picture, label) in enumerate(tqdm(scenes, name, initial=done, total=count), done):
                 array[index] = picture
