@@ -167,16 +167,16 @@ def check(args: argparse.Namespace) -> None:
 
 def fill_from_settings(args: argparse.Namespace) -> dict:
     """Takes from --settings what was not given by hand → what that file says; {} without one."""
-    told = read_settings(args.settings) if args.settings else {}
-    if told:
+    earlier = read_settings(args.settings) if args.settings else {}
+    if earlier:
         if args.lora or args.checkpoint:  # another model: its own files alone
-            told |= dict.fromkeys(("checkpoint", "lora", "aligner"))
+            earlier |= dict.fromkeys(("checkpoint", "lora", "aligner"))
         for name in REPEATED:
             if getattr(args, name) is None:
-                setattr(args, name, told.get(name))
-        args.image = args.image or told["images"]
+                setattr(args, name, earlier.get(name))
+        args.image = args.image or earlier["images"]
     args.seed = 0 if args.seed is None else args.seed
-    return told
+    return earlier
 
 
 def read_prompts_file(path: str) -> list[str]:
@@ -232,18 +232,18 @@ def load_pipeline(args: argparse.Namespace, overrides: list[str]) -> TexturePipe
     return pipeline
 
 
-def resolve_settings(args: argparse.Namespace, told: dict, pipeline: TexturePipeline) -> GenerationSettings:
+def resolve_settings(args: argparse.Namespace, earlier: dict, pipeline: TexturePipeline) -> GenerationSettings:
     """The checkpoint's own settings, or those of --settings, changed by what was given by hand."""
     asked = {name: getattr(args, name) for name in ASKED}
-    if args.mask and asked["strength"] is None and not told:
+    if args.mask and asked["strength"] is None and not earlier:
         asked["strength"] = MASKED_STRENGTH
-    settings = told.get("settings", pipeline.settings).changed(**asked)
+    settings = earlier.get("settings", pipeline.settings).changed(**asked)
     if settings.num_inference_steps > pipeline.trained.base.noise_scheduler.config.num_train_timesteps:
         raise UserError(f"--steps {settings.num_inference_steps} is more than the base's noise schedule has")
     return settings
 
 
-def describe(args: argparse.Namespace, overrides: list[str], settings: GenerationSettings, pipeline) -> dict:
+def shared_description(args: argparse.Namespace, overrides: list[str], settings: GenerationSettings, pipeline) -> dict:
     """What every texture of this call shares, as it is written into the files; `read_settings` reads it back."""
     return {
         **asdict(settings),
@@ -261,10 +261,10 @@ def describe(args: argparse.Namespace, overrides: list[str], settings: Generatio
     }
 
 
-def check_is_the_same(told: dict, description: dict) -> None:
+def check_is_the_same(earlier: dict, description: dict) -> None:
     """Raises UserError where a texture that is to be repeated would come from other weights or pictures unseen."""
     for name, source in HASHED.items():
-        if description[source] == told[source] and description[name] != told[name]:
+        if description[source] == earlier[source] and description[name] != earlier[name]:
             raise UserError(f"{description[source]} is no longer what the texture of --settings was made from: it "
                             f"cannot be repeated; give --{source.removesuffix('s').replace('_', '-')} by hand to make "
                             "another one")  # fmt: skip
@@ -286,10 +286,10 @@ def is_done(job: Job, description: dict, exports: list[str]) -> bool:
     if not all(path.exists() for path in (job.path, *export_names(job, exports).values())):
         return False
     try:
-        told = read_description(job.path)
+        earlier = read_description(job.path)
     except (UserError, OSError, ValueError, KeyError, AttributeError):  # another program's picture, or half of one
         return False
-    return all(told.get(key) == value for key, value in description.items())
+    return all(earlier.get(key) == value for key, value in description.items())
 
 
 def export(job: Job, texture: Image.Image, call: Call) -> list[Path]:
@@ -315,7 +315,7 @@ def write_texture(path: Path, texture: Image.Image, description: dict) -> None:
     write_whole(path, encode_image(texture, format="PNG", pnginfo=chunks))
 
 
-def note(folder: Path, description: dict) -> None:
+def append_to_manifest(folder: Path, description: dict) -> None:
     """Adds a line to the manifest; each process has its own, so that no two write to one file."""
     name = MANIFEST if processes.world_size() == 1 else f"manifest-{processes.rank()}.jsonl"
     with (folder / name).open("a", encoding="utf-8") as manifest:
@@ -335,12 +335,12 @@ def batches(jobs: list[Job], batch_size: int, pipeline: TexturePipeline) -> Iter
 
 
 def make_batch(
-    jobs: list[Job], opened: dict[str, Image.Image], copies: tuple[int, int] | None, call: Call, on_step
+    jobs: list[Job], opened: dict[str, Image.Image], earlier_batch: tuple[int, int] | None, call: Call, on_step
 ) -> list[Image.Image]:
-    """The textures of some jobs. opened: path → picture. copies: (row, rows) that a texture to be repeated had in its
-    batch: how a row's sums are rounded depends on the rows beside it."""
-    row, rows = copies or (0, 1)
-    batch = jobs * rows if copies else jobs
+    """The textures of some jobs. opened: path → picture. earlier_batch: (row, rows) that a texture to be repeated had
+    in its batch: how a row's sums are rounded depends on the rows beside it."""
+    row, rows = earlier_batch or (0, 1)
+    batch = jobs * rows if earlier_batch else jobs
     textures = call.pipeline(
         [job.prompt for job in batch],
         [[opened[path] for path in job.images] for job in batch],
@@ -350,10 +350,10 @@ def make_batch(
         call.settings,
         on_step,
     )
-    return [textures[row]] if copies else textures
+    return [textures[row]] if earlier_batch else textures
 
 
-def described(job: Job, call: Call) -> dict:
+def job_description(job: Job, call: Call) -> dict:
     """How a job's texture is made: equal for two that are the same."""
     return {
         "prompt": job.prompt,
@@ -376,7 +376,7 @@ def open_pictures(jobs: list[Job]) -> tuple[list[Job], dict[str, Image.Image], l
     return usable, opened, list(damaged.values())
 
 
-def make_all(jobs: list[Job], call: Call, copies: tuple[int, int] | None, batch_size: int) -> list[str]:
+def make_all(jobs: list[Job], call: Call, earlier_batch: tuple[int, int] | None, batch_size: int) -> list[str]:
     """Makes and writes the textures → what is wrong with the pictures that were left out."""
     skipped = []
     bar = progress(total=len(jobs), desc="textures", unit="texture", hidden=not call.is_list)
@@ -388,23 +388,23 @@ def make_all(jobs: list[Job], call: Call, copies: tuple[int, int] | None, batch_
         if usable:
             count = call.settings.num_inference_steps
             steps = progress(total=count, desc="denoising", unit="step", hidden=call.is_list)
-            textures = make_batch(usable, opened, copies, call, steps.update)
+            textures = make_batch(usable, opened, earlier_batch, call, steps.update)
             steps.close()
             for row, (job, texture) in enumerate(zip(usable, textures)):
-                finish(job, texture, copies or (row, len(usable)), call)
+                write_job(job, texture, earlier_batch or (row, len(usable)), call)
         bar.update(len(group))
     bar.close()
     return skipped
 
 
-def finish(job: Job, texture: Image.Image, batch: tuple[int, int], call: Call) -> None:
+def write_job(job: Job, texture: Image.Image, batch: tuple[int, int], call: Call) -> None:
     """Writes a texture and what is exported with it."""
     exported = export(job, texture, call) if call.exports else []
-    description = described(job, call) | {"batch": batch}
+    description = job_description(job, call) | {"batch": batch}
     write_texture(job.path, texture, description)  # last: what has one is whole
     if call.is_list:
         names = {"file": job.path.name, "exports": [path.name for path in exported]}
-        note(job.path.parent, names | description)
+        append_to_manifest(job.path.parent, names | description)
     else:
         print(job.path, *exported, sep="\n")
 
@@ -413,8 +413,8 @@ def main():
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with exit_on_user_error():
         args, overrides = parse_args()
-        by_hand, told = argparse.Namespace(**vars(args)), fill_from_settings(args)
-        overrides = [*told.get("overrides", []), *overrides]
+        by_hand, earlier = argparse.Namespace(**vars(args)), fill_from_settings(args)
+        overrides = [*earlier.get("overrides", []), *overrides]
         check(args)
         processes.keep_freed_memory()
         jobs = list_jobs(args)
@@ -422,19 +422,19 @@ def main():
             open_image(picture)  # fails here, not after the model is loaded
         init_texture, mask = open_image(args.init_texture) if args.init_texture else None, read_mask(args.mask)
         pipeline = load_pipeline(args, overrides)
-        settings = resolve_settings(args, told, pipeline)
-        description = describe(args, overrides, settings, pipeline)
+        settings = resolve_settings(args, earlier, pipeline)
+        description = shared_description(args, overrides, settings, pipeline)
         is_list = bool(args.prompts_file or args.images)
         call = Call(pipeline, settings, init_texture, mask, description, args.exports, args.pose, args.bones, is_list)
         check_writable(jobs[0].path.parent)
         mine = jobs[processes.rank() :: processes.world_size()]
-        waiting = [job for job in mine if not (is_list and is_done(job, described(job, call), args.exports))]
+        waiting = [job for job in mine if not (is_list and is_done(job, job_description(job, call), args.exports))]
         if is_list:
             report_done(mine, waiting)
-        if told and not (args.lora or by_hand.checkpoint or by_hand.image or by_hand.init_texture):
-            check_is_the_same(told, described(jobs[0], call))
-        copies = tuple(told["batch"]) if told and len(jobs) == 1 else None
-        skipped = make_all(waiting, call, copies, args.batch_size)
+        if earlier and not (args.lora or by_hand.checkpoint or by_hand.image or by_hand.init_texture):
+            check_is_the_same(earlier, job_description(jobs[0], call))
+        earlier_batch = tuple(earlier["batch"]) if earlier and len(jobs) == 1 else None
+        skipped = make_all(waiting, call, earlier_batch, args.batch_size)
         if skipped:
             print(f"{len(skipped)} pictures could not be read and were left out", file=sys.stderr)
             sys.exit(INCOMPLETE)

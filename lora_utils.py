@@ -88,6 +88,7 @@ def save_lora(base, folder: Path, dtype: torch.dtype = torch.float32) -> None:
             # Embeddings are never trained; "auto" asks the hub whether they were resized, at every save.
             state = get_peft_model_state_dict(module, save_embedding_layers=False)
             layers[f"{name}_lora_layers"] = {key: value.to(dtype).contiguous() for key, value in state.items()}
+            # With lora_alpha: without it the file runs at the wrong scale elsewhere.
             metadata[f"{name}_lora_adapter_metadata"] = {
                 key: value for key, value in config.items() if value is not None
             }

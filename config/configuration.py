@@ -136,7 +136,8 @@ class Training(Section):
     @classmethod
     def _joint_is_the_default(cls, values):
         if isinstance(values, dict) and isinstance(values.get("joint"), dict):
-            for task in ("t2uv", "i2uv"):
+            tasks = [name for name, field in cls.model_fields.items() if field.annotation is Schedule]
+            for task in tasks:
                 if isinstance(values.get(task, {}), dict):
                     values = {**values, task: {**values["joint"], **values.get(task, {})}}
         return values

@@ -125,14 +125,14 @@ class TexturePipeline:
             rows.append(encoded[key])
         if len({len(conditions) for conditions in rows}) > 1:
             raise UserError("text and picture that pull with a guidance scale each must both be given for each texture")
-        together = []
+        joined_conditions = []
         for conditions in zip(*rows):
             states, scales = zip(*conditions)
             if len(set(scales)) > 1:
                 raise UserError("textures from prompts and from pictures alone have other guidance scales; make them "
                                 "apart, or give one --guidance-scale for both")  # fmt: skip
-            together.append((torch.cat(same_length(*states)), scales[0]))
-        return together
+            joined_conditions.append((torch.cat(same_length(*states)), scales[0]))
+        return joined_conditions
 
     def conditions(
         self, prompt: str | None, images: Sequence[Image.Image], settings: GenerationSettings
@@ -165,11 +165,11 @@ class TexturePipeline:
 
     def _composited(self, textures: list[Image.Image], init_texture: Image.Image, mask, size: int) -> list[Image.Image]:
         """The textures where the mask says, the texture they were made from elsewhere, to the bit."""
-        kept = init_texture
-        if (kept.mode, kept.size) != ("RGBA", (size, size)):
-            kept = finish_texture(body_pixels(init_texture, self.body, size), self.body, size)
+        original = init_texture
+        if (original.mode, original.size) != ("RGBA", (size, size)):
+            original = finish_texture(body_pixels(init_texture, self.body, size), self.body, size)
         share = Image.fromarray((self.mask(mask, size) * 255).byte().numpy())
-        return [Image.composite(texture, kept, share) for texture in textures]
+        return [Image.composite(texture, original, share) for texture in textures]
 
     def mask(self, mask: str | Image.Image, size: int) -> Tensor:
         """A region's name or a picture → (size, size) in [0, 1], 1 where the texture is made anew.

@@ -101,9 +101,9 @@ def read_settings(path: str | Path) -> dict:
     """The same with "settings" for all that belongs to GenerationSettings. Raises UserError for a file that does not
     say how it was made."""
     try:
-        told = read_description(Path(path))
-        values = {field.name: told.pop(field.name) for field in fields(GenerationSettings)}
-        return {**told, "settings": GenerationSettings(**values)}
+        description = read_description(Path(path))
+        values = {field.name: description.pop(field.name) for field in fields(GenerationSettings)}
+        return {**description, "settings": GenerationSettings(**values)}
     except (UserError, OSError) as error:
         raise UserError(f"--settings {path}: {reason(error)}") from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:

@@ -12,7 +12,7 @@ from common import processes
 from models.conditioning import drop_conditions, encode_images, encode_prompts
 from models.diffusion import autocast, encode_posterior, min_snr_weight, sample_posterior, training_target
 from training.run import Run
-from training.tasks import CONDITIONS, LOSS_NAME
+from training.tasks import CONDITIONS, LOSS_NAME, LOSS_WEIGHT
 
 QUANTILES = 4  # of the timesteps, in validation
 
@@ -83,9 +83,9 @@ def forward_losses(
         noise.append(draws.normal(latents.shape[1:]).to(latents))  # (B, 4, H/8, W/8)
         timesteps.append(draws.integers(num_train_timesteps).to(latents.device))  # (B,)
         states = text_states  # (B, L, D)
-        if kind == "image":
+        if kind != "text":
             with autocast(run.base.device, run.precision):
-                states = picture_states(run, batch)  # (B, L, D)
+                states = STATES_OF[kind](run, batch)  # (B, L, D)
             if schedule.gamma:
                 losses["loss/align"] = F.mse_loss(states, text_states.detach())
             if schedule.both_share:
@@ -97,16 +97,16 @@ def forward_losses(
     encoder_hidden_states = torch.cat(encoder_hidden_states)  # (K B, L, D)
     latents = latents.repeat(len(kinds), 1, 1, 1)  # (K B, 4, H/8, W/8)
     errors = denoising_errors(run, latents, noise, timesteps, encoder_hidden_states)  # (K B,)
-    if gamma := run.cfg.training.min_snr_gamma:
-        errors = errors * min_snr_weight(noise_scheduler, timesteps, gamma)
+    if min_snr_gamma := run.cfg.training.min_snr_gamma:
+        errors = errors * min_snr_weight(noise_scheduler, timesteps, min_snr_gamma)
 
-    is_joint = run.task == "joint"
-    weights = {"text": schedule.alpha if is_joint else 1.0, "image": schedule.beta if is_joint else 1.0}
+    has_several = len(CONDITIONS[run.task]) > 1
     combined = schedule.gamma * losses["loss/align"] if "loss/align" in losses else 0.0
     for kind, kind_errors in zip(kinds, errors.chunk(len(kinds))):
         loss = kind_errors.mean()
         losses[f"loss/{LOSS_NAME[kind]}"] = loss
-        combined = combined + weights[kind] * loss
+        weight = getattr(schedule, LOSS_WEIGHT[kind]) if has_several else 1.0
+        combined = combined + weight * loss
     return {**losses, "loss/combined": combined}
 
 

@@ -1,5 +1,11 @@
-"""The tasks, as data: what each conditions the UNet on. A third task is one more line here and its section in
-config/configuration.py."""
+"""The tasks, as data: what each conditions the UNet on.
+
+A further task on these conditions is a line in CONDITIONS, its section beside the others in config/configuration.py
+`Training`, and a command such as t2uv.py, named in tests/test_house.py and tests/test_commands.py. A new kind of
+condition also needs its lines below, its states in training/objective.py `STATES_OF`, what makes them in
+training/run.py `_add_trained`, a column of the data set and a line in training/monitoring.py `sample_grid`.
+"""
 
 CONDITIONS = {"t2uv": ("text",), "i2uv": ("image",), "joint": ("text", "image")}
 LOSS_NAME = {"text": "t2uv", "image": "i2uv"}  # of a condition, in logs: loss/t2uv, val/i2uv
+LOSS_WEIGHT = {"text": "alpha", "image": "beta"}  # keys of a task's section, where it has several conditions
