@@ -6,7 +6,7 @@ setup: .venv/.ready
 demo: setup
 	$(BIN)/python -m embedded.demo
 test: .venv/.ready-test
-	$(BIN)/python -m pytest --cov --cov-fail-under=85
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-fail-under=85
 lint: .venv/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
