@@ -70,6 +70,7 @@ class Aligner(Section):
 
 class Model(Section):
     pretrained_model: BaseName = "embedded/base"  # folder in the diffusers layout, or hub name
+    vae: str | None = None  # another autoencoder for the same latents, as TAESD; null: vae/ in pretrained_model
     image_encoder: str | None = None  # CLIP vision folder or hub name; null: image_encoder/ in pretrained_model
     attention: Literal["sdpa", "xformers"] = "sdpa"  # xformers is optional and never needed
     gradient_checkpointing: bool = False

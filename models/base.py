@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoModel, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 from transformers.utils import logging as transformers_logging
 
@@ -20,7 +20,7 @@ class BaseModel:
     """Everything the LoRA and the aligner are trained on top of; all of it in eval mode and without gradients."""
 
     unet: UNet2DConditionModel
-    vae: AutoencoderKL
+    vae: torch.nn.Module  # any of diffusers' autoencoders of pictures: AutoencoderKL, AutoencoderTiny, AutoencoderDC
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     image_encoder: CLIPVisionModel | None
@@ -44,6 +44,8 @@ class BaseModel:
     @property
     def vae_scale(self) -> int:
         """Pixels a latent is wide (8 for Stable Diffusion)."""
+        if hasattr(self.vae, "spatial_compression_ratio"):  # AutoencoderDC
+            return self.vae.spatial_compression_ratio
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def modules(self) -> dict[str, torch.nn.Module]:
@@ -82,13 +84,15 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
     zero_terminal_snr: bool = False,
+    vae: str | None = None,
 ) -> BaseModel:
     """Loads a base frozen.
 
     pretrained_model: a folder in the diffusers layout or a hub name. image_encoder: a CLIP vision model's folder
     or hub name; None means `image_encoder/` and `feature_extractor/` inside pretrained_model, if it has them.
-    dtype: of the frozen weights. zero_terminal_snr: the noise schedule is rescaled to end in pure noise. Raises
-    UserError when a component is missing or unreadable.
+    dtype: of the frozen weights. zero_terminal_snr: the noise schedule is rescaled to end in pure noise. vae: another
+    autoencoder's folder or hub name; None means `vae/` inside pretrained_model. Raises UserError when a component is
+    missing or unreadable, or when the autoencoder's latents are not the UNet's.
     """
     source = resolve_source(pretrained_model)
     if attention == "xformers":
@@ -98,10 +102,10 @@ def load_base(
         try:
             return cls.from_pretrained(name, subfolder=folder, **options)
         except Exception as error:  # these libraries raise many kinds for a missing, damaged or private file
+            what = folder or ("the autoencoder" if cls is AutoModel else "the image encoder")
             raise UserError(
-                f"cannot load {folder or 'the image encoder'} of {name} ({reason(error)}); set "
-                "model.pretrained_model and model.image_encoder to diffusers and transformers folders, or to hub "
-                "names you can reach"
+                f"cannot load {what} of {name} ({reason(error)}); set model.pretrained_model, model.image_encoder and "
+                "model.vae to diffusers and transformers folders, or to hub names you can reach"
             ) from error
 
     vision = processor = None
@@ -114,9 +118,19 @@ def load_base(
     elif (Path(source) / "image_encoder").is_dir():
         vision = load(CLIPVisionModel, folder="image_encoder", dtype=dtype)
         processor = load(CLIPImageProcessorPil, folder="feature_extractor")
+    unet = load(UNet2DConditionModel, folder="unet", dtype=dtype)
+    autoencoder = (
+        load(AutoModel, resolve_source(vae), dtype=dtype) if vae else load(AutoModel, folder="vae", dtype=dtype)
+    )
+    latent_channels = autoencoder.config.get("latent_channels")
+    if latent_channels != unet.config.in_channels:
+        raise UserError(
+            f"{vae or source} is no autoencoder for this base: {type(autoencoder).__name__} with {latent_channels} "
+            f"latent channels for a UNet of {unet.config.in_channels}; set model.vae to another one"
+        )
     base = BaseModel(
-        unet=load(UNet2DConditionModel, folder="unet", dtype=dtype),
-        vae=load(AutoencoderKL, folder="vae", dtype=dtype),
+        unet=unet,
+        vae=autoencoder,
         text_encoder=load(CLIPTextModel, folder="text_encoder", dtype=dtype),
         tokenizer=load(CLIPTokenizer, folder="tokenizer"),
         image_encoder=vision,
@@ -140,7 +154,13 @@ def load_base(
 def load_configured_base(settings, device: torch.device, dtype: torch.dtype) -> BaseModel:
     """The base that configuration.Model names."""
     return load_base(
-        settings.pretrained_model, settings.image_encoder, device, dtype, settings.attention, settings.zero_terminal_snr
+        settings.pretrained_model,
+        settings.image_encoder,
+        device,
+        dtype,
+        settings.attention,
+        settings.zero_terminal_snr,
+        settings.vae,
     )
 
 

@@ -55,7 +55,13 @@ def autocast(device: torch.device, dtype: torch.dtype | None):
 @torch.no_grad()
 def encode_posterior(vae, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
     """pixel_values: (B, 3, H, W) in [-1, 1] → mean and deviation of the posterior: (B, 4, H/8, W/8), float32."""
-    posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
+    encoded = vae.encode(pixel_values.to(vae.dtype))
+    if not hasattr(
+        encoded, "latent_dist"
+    ):  # an autoencoder that is sure of its latents: AutoencoderTiny, AutoencoderDC
+        latents = encoded[0].float()
+        return latents, torch.zeros_like(latents)
+    posterior = encoded.latent_dist
     return posterior.mean.float(), posterior.std.float()
 
 

@@ -1,7 +1,9 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import AutoencoderDC, AutoencoderTiny, AutoModel, DDIMScheduler, DDPMScheduler
 
+from common.errors import UserError
+from models.base import load_base
 from models.diffusion import (
     decode_latents,
     encode_posterior,
@@ -103,3 +105,45 @@ def test_precision():
     assert resolve_precision("no", cpu) is None
     assert resolve_precision("bf16", cpu) is torch.bfloat16
     assert resolve_precision("auto", cpu) in (None, torch.bfloat16)
+
+
+@pytest.fixture(params=["tiny", "dc"])
+def sure_autoencoder(request, tmp_path):
+    """Another autoencoder for the stand-in's latents, 4 channels at half the size, of a class without a deviation."""
+    torch.manual_seed(1)
+    if request.param == "tiny":
+        sizes = dict(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8))
+        blocks = dict(num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
+        vae = AutoencoderTiny(latent_channels=4, scaling_factor=0.7, **sizes, **blocks)
+    else:
+        layers = dict(encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1))
+        sizes = dict(encoder_block_out_channels=(8, 16), decoder_block_out_channels=(8, 16))
+        kinds = dict(encoder_block_types="ResBlock", decoder_block_types="ResBlock")
+        scales = dict(encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()))
+        vae = AutoencoderDC(latent_channels=4, scaling_factor=0.7, **layers, **sizes, **kinds, **scales)
+    vae.save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def test_other_autoencoders_stand_in(tiny_base, sure_autoencoder):
+    base = load_base(str(tiny_base), vae=str(sure_autoencoder))
+    plain = AutoModel.from_pretrained(str(sure_autoencoder))
+    pixel_values = torch.rand(2, 3, 16, 16) * 2 - 1
+    mean, std = encode_posterior(base.vae, pixel_values)
+    assert base.vae_scale == 2 and mean.shape == (2, 4, 8, 8) and not std.any()
+    with torch.no_grad():
+        assert torch.allclose(mean, plain.encode(pixel_values)[0], atol=1e-6)
+        expected = plain.decode(mean).sample.clamp(-1, 1)
+    latents = sample_posterior(base.vae, mean, std, torch.randn_like(mean))
+    assert torch.allclose(latents, 0.7 * mean)
+    assert torch.allclose(decode_latents(base.vae, latents), expected, atol=1e-5)
+
+
+def test_an_autoencoder_for_other_latents_is_refused(tiny_base, tmp_path):
+    blocks = dict(num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
+    sizes = dict(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8))
+    AutoencoderTiny(latent_channels=16, **sizes, **blocks).save_pretrained(tmp_path / "vae")
+    with pytest.raises(UserError, match="16 latent channels for a UNet of 4"):
+        load_base(str(tiny_base), vae=str(tmp_path / "vae"))
+    with pytest.raises(UserError, match=r"model\.vae"):
+        load_base(str(tiny_base), vae=str(tiny_base / "unet"))
