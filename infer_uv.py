@@ -115,7 +115,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     out.add_argument("--out", default="outputs", help="folder, or a .png file for one texture (default: outputs)")
     out.add_argument("--size", type=int, help="side in texels, above the model's own by bicubic (default: 1024)")
     out.add_argument("--seam-fix", action=argparse.BooleanOptionalAction,
-                     help="bring colours on both sides of each UV seam together")  # fmt: skip
+                     help="bring colours on both sides of each UV seam together (default: yes)")  # fmt: skip
     out.add_argument("--turntable", action="store_true", help="also a GIF of the turning body: --export gif")
     out.add_argument("--export", default="", help=f"comma-separated, beside each texture: {', '.join(EXPORTS)}")
     out.add_argument(

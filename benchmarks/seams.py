@@ -37,7 +37,7 @@ def main():
     _, touched = seam_points(body, args.size)
     is_far = torch.from_numpy(distance_transform_edt(~touched) > REACH)
     prompts = [outfit.prompt for outfit, _ in held_out_paintings(args.count)]
-    for texture in pipeline(prompts, seeds=range(args.count), size=args.size):
+    for texture in pipeline(prompts, seeds=range(args.count), size=args.size, seam_fix=False):
         mask = pixels_from_image(texture)[3] > 0
         before = (texture_pixels(texture, args.size) + 1) / 2
         began = time.perf_counter()

@@ -45,7 +45,7 @@ class GenerationSettings:
     eta: float = 0.0
     strength: float = 0.6
     size: int = 1024
-    seam_fix: bool = False
+    seam_fix: bool = True
 
     def __post_init__(self):
         check_ranges({name: getattr(self, name) for name in RANGES}, str)
