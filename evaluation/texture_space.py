@@ -1,0 +1,168 @@
+"""How near textures are to true ones, texel by texel, inside the UV mask alone.
+
+What lies outside the mask is never seen: both sides are filled there from their own islands (`fill_outside`), so that
+windows and receptive fields across an island's edge hold the islands' colours, and maps are averaged over the mask.
+All measures take pictures (N, 3, H, W) in [0, 1] and give a value a picture, (N,), or say what they need.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from common.errors import UserError, reason
+from render.uv_space import fill_outside
+
+LARGEST_PSNR = 80.0  # decibels, of pictures that are the same to a twentieth of an 8-bit step
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # MS-SSIM's (Wang, Simoncelli and Bovik 2003)
+SMALLEST_MS_SSIM = 176  # texels a side: SSIM's window of 11, four times halved
+WINDOW_REACH = 5  # of SSIM's window from its middle
+BATCH = 8  # pictures at once: memory stays the same for any N
+
+
+def check_pictures(pictures: Tensor, references: Tensor, mask: Tensor) -> None:
+    """Raises UserError unless both are (N, 3, H, W) in [0, 1] and mask is (H, W) bool and not empty."""
+    if not len(pictures):
+        raise UserError("there are no pictures to measure; give at least one")
+    if pictures.shape != references.shape or pictures.shape[-2:] != mask.shape:
+        shapes = ", ".join(str(tuple(side.shape)) for side in (pictures, references, mask))
+        raise UserError(f"pictures, references and mask differ in size ({shapes}); resize them to one")
+    if not mask.any():
+        raise UserError("the mask is empty; give a body with texture coordinates")
+    for name, side in (("pictures", pictures), ("references", references)):
+        if not (side.isfinite().all() and side.min() >= 0 and side.max() <= 1):
+            raise UserError(f"{name} hold values outside 0 to 1, or no numbers; scale them to [0, 1]")
+
+
+def filled(pictures: Tensor, mask: Tensor) -> Tensor:
+    """(N, 3, H, W), what is outside mask (H, W) taken from the nearest islands."""
+    return fill_outside(pictures.flatten(0, 1), mask).unflatten(0, pictures.shape[:2]).clamp(0, 1)
+
+
+def mean_inside(maps: Tensor, weight: Tensor) -> Tensor:
+    """Maps (N, C, H, W) averaged with weight (H, W) → (N,)."""
+    return (maps.mean(1) * weight).sum((1, 2)) / weight.sum()
+
+
+def mean_squared_error(pictures: Tensor, references: Tensor, mask: Tensor) -> Tensor:
+    """Over RGB in [0, 1] and the texels of the mask."""
+    return mean_inside((pictures - references).square(), mask.to(pictures))
+
+
+def psnr(pictures: Tensor, references: Tensor, mask: Tensor) -> Tensor:
+    """Decibels of a range of 1, LARGEST_PSNR at most."""
+    values = peak_signal_noise_ratio(
+        pictures[..., mask], references[..., mask], data_range=1.0, dim=(1, 2), reduction="none"
+    )
+    return values.clamp(max=LARGEST_PSNR)
+
+
+def ssim(pictures: Tensor, references: Tensor, mask: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004), Gaussian window of 11 texels, of filled pictures."""
+    return mean_inside(_ssim_map(pictures, references), mask.to(pictures))
+
+
+def ms_ssim(pictures: Tensor, references: Tensor, mask: Tensor) -> Tensor | str:
+    """Multi-scale structural similarity of filled pictures: at each of five scales the mean over the mask, whose texels
+    weigh by the share of them that is inside."""
+    side = min(mask.shape)
+    if side < SMALLEST_MS_SSIM:
+        return f"ms_ssim needs pictures of {SMALLEST_MS_SSIM} texels a side, has {side}"
+    weight, similarity = mask.to(pictures), 1.0
+    for scale, exponent in enumerate(SCALE_WEIGHTS):
+        if scale < len(SCALE_WEIGHTS) - 1:
+            # A first constant so large that the luminance's factor is 1 leaves contrast and structure.
+            maps = _ssim_map(pictures, references, k1=1e4)
+            away_from_border = F.pad(weight[_INNER], (WINDOW_REACH,) * 4)  # as torchmetrics leaves it out
+            level = mean_inside(maps, away_from_border if away_from_border.any() else weight)
+        else:
+            level = mean_inside(_ssim_map(pictures, references), weight)
+        similarity = similarity * level.relu() ** exponent
+        pictures, references = (F.avg_pool2d(side, 2) for side in (pictures, references))
+        weight = F.avg_pool2d(weight[None], 2)[0]
+    return similarity
+
+
+_INNER = (slice(WINDOW_REACH, -WINDOW_REACH),) * 2
+
+
+def _ssim_map(pictures: Tensor, references: Tensor, **constants: float) -> Tensor:
+    _, maps = structural_similarity_index_measure(
+        pictures, references, data_range=1.0, return_full_image=True, **constants
+    )
+    return maps
+
+
+@functools.lru_cache(maxsize=2)
+def perceptual_network(name: str) -> nn.Module | str:
+    """torchmetrics' network for "lpips" (AlexNet) or "dists" (VGG16), or what it needs.
+
+    Both stand on torchvision's classifiers, whose weights it downloads, or finds in TORCH_HOME/hub/checkpoints.
+    """
+    backbone = {"lpips": "AlexNet", "dists": "VGG16"}[name]
+    if importlib.util.find_spec("torchvision") is None:
+        return f"{name} needs torchvision, with the weights of {backbone}"
+    try:
+        if name == "lpips":
+            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+            return LearnedPerceptualImagePatchSimilarity(net_type="alex").net.eval().requires_grad_(False)
+        from torchmetrics.functional.image.dists import DISTSNetwork
+
+        return DISTSNetwork().eval().requires_grad_(False)
+    except Exception as error:  # no network, no such file, another version of torchvision
+        return f"{name} needs the weights of {backbone} ({reason(error)})"
+
+
+@torch.no_grad()
+def lpips(pictures: Tensor, references: Tensor, mask: Tensor) -> Tensor | str:
+    """Learned perceptual distance (Zhang et al. 2018) of filled pictures, whole: what is outside follows the islands'
+    edges on both sides."""
+    network = perceptual_network("lpips")
+    if isinstance(network, str):
+        return network
+    return network.to(pictures.device)(pictures, references, normalize=True).flatten()
+
+
+@torch.no_grad()
+def dists(pictures: Tensor, references: Tensor, mask: Tensor) -> Tensor | str:
+    """Deep structure and texture distance (Ding et al. 2020) of filled pictures, whole."""
+    network = perceptual_network("dists")
+    if isinstance(network, str):
+        return network
+    return network.to(pictures.device)(pictures, references).flatten()
+
+
+MEASURES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor | str]] = {
+    "psnr": psnr,
+    "ssim": ssim,
+    "ms_ssim": ms_ssim,
+    "mse": mean_squared_error,
+    "lpips": lpips,
+    "dists": dists,
+}
+
+
+def compare_textures(
+    textures: Tensor, references: Tensor, mask: Tensor, fill: bool = True, batch: int = BATCH
+) -> dict[str, Tensor | str]:
+    """Every measure of MEASURES: its name → a value a texture, (N,), or what it needs.
+
+    textures, references: (N, 3, S, S) in [0, 1]; mask: (S, S) bool, the body's UV mask. fill: False for pictures whose
+    outside is the same on both sides, as renders' background. Raises UserError as `check_pictures` does.
+    """
+    check_pictures(textures, references, mask)
+    values: dict[str, list[Tensor] | str] = {name: [] for name in MEASURES}
+    for pair in zip(textures.split(batch), references.split(batch)):
+        pictures, truths = (filled(side, mask) for side in pair) if fill else pair
+        for name, measure in MEASURES.items():
+            value = measure(pictures, truths, mask)
+            if isinstance(value, str):
+                values[name] = value
+            else:
+                values[name].append(value)
+    return {name: value if isinstance(value, str) else torch.cat(value) for name, value in values.items()}
