@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from common.errors import UserError, reason
 from render.uv_space import fill_outside
@@ -20,7 +20,8 @@ from render.uv_space import fill_outside
 LARGEST_PSNR = 80.0  # decibels, of pictures that are the same to a twentieth of an 8-bit step
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # MS-SSIM's (Wang, Simoncelli and Bovik 2003)
 SMALLEST_MS_SSIM = 176  # texels a side: SSIM's window of 11, four times halved
-WINDOW_REACH = 5  # of SSIM's window from its middle
+REACH, WINDOW_WIDTH = 5, 1.5  # of SSIM's Gaussian window: texels to either side, and its standard deviation
+K1, K2 = 0.01, 0.03  # SSIM's constants, of a range of 1
 BATCH = 8  # pictures at once: memory stays the same for any N
 
 
@@ -63,7 +64,7 @@ def psnr(pictures: Tensor, references: Tensor, mask: Tensor) -> Tensor:
 
 def ssim(pictures: Tensor, references: Tensor, mask: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004), Gaussian window of 11 texels, of filled pictures."""
-    return mean_inside(_ssim_map(pictures, references), mask.to(pictures))
+    return mean_inside(similarity_maps(pictures, references)[0], mask.to(pictures))
 
 
 def ms_ssim(pictures: Tensor, references: Tensor, mask: Tensor) -> Tensor | str:
@@ -72,29 +73,43 @@ def ms_ssim(pictures: Tensor, references: Tensor, mask: Tensor) -> Tensor | str:
     side = min(mask.shape)
     if side < SMALLEST_MS_SSIM:
         return f"ms_ssim needs pictures of {SMALLEST_MS_SSIM} texels a side, has {side}"
-    weight, similarity = mask.to(pictures), 1.0
-    for scale, exponent in enumerate(SCALE_WEIGHTS):
-        if scale < len(SCALE_WEIGHTS) - 1:
-            # A first constant so large that the luminance's factor is 1 leaves contrast and structure.
-            maps = _ssim_map(pictures, references, k1=1e4)
-            away_from_border = F.pad(weight[_INNER], (WINDOW_REACH,) * 4)  # as torchmetrics leaves it out
-            level = mean_inside(maps, away_from_border if away_from_border.any() else weight)
-        else:
-            level = mean_inside(_ssim_map(pictures, references), weight)
+    weight, similarity = mask.to(pictures), pictures.new_ones(len(pictures))
+    for scale, exponent in enumerate(SCALE_WEIGHTS, 1):
+        whole, contrast = similarity_maps(pictures, references)
+        if scale == len(SCALE_WEIGHTS):
+            level = mean_inside(whole, weight)
+        else:  # torchmetrics leaves out the contrast at the picture's edge, where the window reaches over it
+            inner = F.pad(weight[REACH:-REACH, REACH:-REACH], (REACH,) * 4)
+            level = mean_inside(contrast, inner if inner.any() else weight)
         similarity = similarity * level.relu() ** exponent
         pictures, references = (F.avg_pool2d(side, 2) for side in (pictures, references))
         weight = F.avg_pool2d(weight[None], 2)[0]
     return similarity
 
 
-_INNER = (slice(WINDOW_REACH, -WINDOW_REACH),) * 2
+def similarity_maps(pictures: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+    """SSIM's map and its factors of contrast and structure alone, (N, 3, H, W) each.
+
+    The same as torchmetrics, whose filter of 11 x 11 takes many times as long as one of rows and one of columns.
+    """
+    products = (pictures, references, pictures * pictures, references * references, pictures * references)
+    down, across = (gaussian_filter(side).to(pictures) for side in pictures.shape[-2:])
+    mean, reference_mean, square, reference_square, product = (down @ plane @ across.T for plane in products)
+    variances = (square - mean**2).clamp(min=0) + (reference_square - reference_mean**2).clamp(min=0)
+    covariance = product - mean * reference_mean
+    contrast = (2 * covariance + K2**2) / (variances + K2**2)
+    brightness = (2 * mean * reference_mean + K1**2) / (mean**2 + reference_mean**2 + K1**2)
+    return brightness * contrast, contrast
 
 
-def _ssim_map(pictures: Tensor, references: Tensor, **constants: float) -> Tensor:
-    _, maps = structural_similarity_index_measure(
-        pictures, references, data_range=1.0, return_full_image=True, **constants
-    )
-    return maps
+@functools.lru_cache(maxsize=16)
+def gaussian_filter(side: int) -> Tensor:
+    """SSIM's window as a matrix (side, side), each row the weights of one place; reflected at the ends."""
+    steps = torch.arange(-REACH, REACH + 1)
+    window = (steps.square() / (-2 * WINDOW_WIDTH**2)).exp()
+    reach = (torch.arange(side)[:, None] + steps).abs()
+    reach = torch.where(reach >= side, 2 * (side - 1) - reach, reach)
+    return torch.zeros(side, side).scatter_add_(1, reach, (window / window.sum()).expand(side, -1))
 
 
 @functools.lru_cache(maxsize=2)
