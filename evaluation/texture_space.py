@@ -7,7 +7,6 @@ All measures take pictures (N, 3, H, W) in [0, 1] and give a value a picture, (N
 
 import functools
 import importlib.util
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -62,29 +61,26 @@ def psnr(pictures: Tensor, references: Tensor, mask: Tensor) -> Tensor:
     return values.clamp(max=LARGEST_PSNR)
 
 
-def ssim(pictures: Tensor, references: Tensor, mask: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004), Gaussian window of 11 texels, of filled pictures."""
-    return mean_inside(similarity_maps(pictures, references)[0], mask.to(pictures))
+def structural_similarities(pictures: Tensor, references: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | str]:
+    """SSIM (Wang et al. 2004) and MS-SSIM (Wang, Simoncelli and Bovik 2003) of filled pictures.
 
-
-def ms_ssim(pictures: Tensor, references: Tensor, mask: Tensor) -> Tensor | str:
-    """Multi-scale structural similarity of filled pictures: at each of five scales the mean over the mask, whose texels
-    weigh by the share of them that is inside."""
-    side = min(mask.shape)
-    if side < SMALLEST_MS_SSIM:
-        return f"ms_ssim needs pictures of {SMALLEST_MS_SSIM} texels a side, has {side}"
-    weight, similarity = mask.to(pictures), pictures.new_ones(len(pictures))
-    for scale, exponent in enumerate(SCALE_WEIGHTS, 1):
-        whole, contrast = similarity_maps(pictures, references)
-        if scale == len(SCALE_WEIGHTS):
-            level = mean_inside(whole, weight)
-        else:  # torchmetrics leaves out the contrast at the picture's edge, where the window reaches over it
-            inner = F.pad(weight[REACH:-REACH, REACH:-REACH], (REACH,) * 4)
-            level = mean_inside(contrast, inner if inner.any() else weight)
-        similarity = similarity * level.relu() ** exponent
+    Gaussian window of 11 texels. MS-SSIM takes at each of five scales the mean over the mask, whose texels weigh by the
+    share of them that is inside; small pictures have none.
+    """
+    weight = mask.to(pictures)
+    whole, contrast = similarity_maps(pictures, references)
+    ssim = mean_inside(whole, weight)
+    if min(mask.shape) < SMALLEST_MS_SSIM:
+        return ssim, f"ms_ssim needs pictures of {SMALLEST_MS_SSIM} texels a side, has {min(mask.shape)}"
+    ms_ssim = torch.ones_like(ssim)
+    for exponent in SCALE_WEIGHTS[:-1]:
+        # torchmetrics leaves out the contrast at the picture's edge, where the window reaches over it.
+        inner = F.pad(weight[REACH:-REACH, REACH:-REACH], (REACH,) * 4)
+        ms_ssim *= mean_inside(contrast, inner if inner.any() else weight).relu() ** exponent
         pictures, references = (F.avg_pool2d(side, 2) for side in (pictures, references))
         weight = F.avg_pool2d(weight[None], 2)[0]
-    return similarity
+        whole, contrast = similarity_maps(pictures, references)
+    return ssim, ms_ssim * mean_inside(whole, weight).relu() ** SCALE_WEIGHTS[-1]
 
 
 def similarity_maps(pictures: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,14 +88,12 @@ def similarity_maps(pictures: Tensor, references: Tensor) -> tuple[Tensor, Tenso
 
     The same as torchmetrics, whose filter of 11 x 11 takes many times as long as one of rows and one of columns.
     """
-    products = (pictures, references, pictures * pictures, references * references, pictures * references)
     down, across = (gaussian_filter(side).to(pictures) for side in pictures.shape[-2:])
-    mean, reference_mean, square, reference_square, product = (down @ plane @ across.T for plane in products)
-    variances = (square - mean**2).clamp(min=0) + (reference_square - reference_mean**2).clamp(min=0)
-    covariance = product - mean * reference_mean
-    contrast = (2 * covariance + K2**2) / (variances + K2**2)
-    brightness = (2 * mean * reference_mean + K1**2) / (mean**2 + reference_mean**2 + K1**2)
-    return brightness * contrast, contrast
+    planes = (pictures, references, pictures * references, pictures.square() + references.square())
+    mean, reference_mean, product, squares = (down @ plane @ across.T for plane in planes)
+    means, mean_squares = mean * reference_mean, mean.square() + reference_mean.square()
+    contrast = (2 * (product - means) + K2**2) / ((squares - mean_squares).clamp(min=0) + K2**2)
+    return contrast * (2 * means + K1**2) / (mean_squares + K1**2), contrast
 
 
 @functools.lru_cache(maxsize=16)
@@ -134,7 +128,7 @@ def perceptual_network(name: str) -> nn.Module | str:
 
 
 @torch.no_grad()
-def lpips(pictures: Tensor, references: Tensor, mask: Tensor) -> Tensor | str:
+def lpips(pictures: Tensor, references: Tensor) -> Tensor | str:
     """Learned perceptual distance (Zhang et al. 2018) of filled pictures, whole: what is outside follows the islands'
     edges on both sides."""
     network = perceptual_network("lpips")
@@ -144,7 +138,7 @@ def lpips(pictures: Tensor, references: Tensor, mask: Tensor) -> Tensor | str:
 
 
 @torch.no_grad()
-def dists(pictures: Tensor, references: Tensor, mask: Tensor) -> Tensor | str:
+def dists(pictures: Tensor, references: Tensor) -> Tensor | str:
     """Deep structure and texture distance (Ding et al. 2020) of filled pictures, whole."""
     network = perceptual_network("dists")
     if isinstance(network, str):
@@ -152,32 +146,28 @@ def dists(pictures: Tensor, references: Tensor, mask: Tensor) -> Tensor | str:
     return network.to(pictures.device)(pictures, references).flatten()
 
 
-MEASURES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor | str]] = {
-    "psnr": psnr,
-    "ssim": ssim,
-    "ms_ssim": ms_ssim,
-    "mse": mean_squared_error,
-    "lpips": lpips,
-    "dists": dists,
-}
-
-
 def compare_textures(
     textures: Tensor, references: Tensor, mask: Tensor, fill: bool = True, batch: int = BATCH
 ) -> dict[str, Tensor | str]:
-    """Every measure of MEASURES: its name → a value a texture, (N,), or what it needs.
+    """psnr, ssim, ms_ssim, mse, lpips and dists → a value a texture, (N,), or what the measure needs.
 
     textures, references: (N, 3, S, S) in [0, 1]; mask: (S, S) bool, the body's UV mask. fill: False for pictures whose
     outside is the same on both sides, as renders' background. Raises UserError as `check_pictures` does.
     """
     check_pictures(textures, references, mask)
-    values: dict[str, list[Tensor] | str] = {name: [] for name in MEASURES}
+    batches = []
     for pair in zip(textures.split(batch), references.split(batch)):
         pictures, truths = (filled(side, mask) for side in pair) if fill else pair
-        for name, measure in MEASURES.items():
-            value = measure(pictures, truths, mask)
-            if isinstance(value, str):
-                values[name] = value
-            else:
-                values[name].append(value)
-    return {name: value if isinstance(value, str) else torch.cat(value) for name, value in values.items()}
+        ssim, ms_ssim = structural_similarities(pictures, truths, mask)
+        batches.append({
+            "psnr": psnr(pictures, truths, mask),
+            "ssim": ssim,
+            "ms_ssim": ms_ssim,
+            "mse": mean_squared_error(pictures, truths, mask),
+            "lpips": lpips(pictures, truths),
+            "dists": dists(pictures, truths),
+        })  # fmt: skip
+    return {
+        name: value if isinstance(value, str) else torch.cat([values[name] for values in batches])
+        for name, value in batches[0].items()
+    }
