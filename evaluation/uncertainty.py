@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap, norm
+from scipy.stats import binomtest, bootstrap, norm
 from torch import Tensor
 
 CONFIDENCE = 0.95
@@ -69,6 +69,20 @@ def mean_figure(name: str, values: Tensor | str, seed: int = 0) -> Figure | str:
         error = measured.std().item() / math.sqrt(len(measured)) * norm.ppf((1 + CONFIDENCE) / 2)
         low, high = mean - error, mean + error
     return Figure(mean, low, high, len(measured), skipped)
+
+
+def share_figure(name: str, values: Tensor | str, seed: int = 0) -> Figure | str:
+    """The mean of hits, 0 or 1 a sample, with Wilson's interval (1927), which has a width even where all are hits.
+
+    values: as of `mean_figure`, which takes those that are not all 0 or 1 (ties of a retrieval).
+    """
+    if isinstance(values, str):
+        return values
+    measured = values[~values.isnan()].double()
+    if len(measured) < FEWEST or not ((measured == 0) | (measured == 1)).all():
+        return mean_figure(name, values, seed)
+    interval = binomtest(int(measured.sum()), len(measured)).proportion_ci(CONFIDENCE, method="wilson")
+    return Figure(measured.mean().item(), interval.low, interval.high, len(measured), len(values) - len(measured))
 
 
 def paired_difference(name: str, values: Tensor | str, others: Tensor | str, seed: int = 0) -> Figure | str:

@@ -13,6 +13,7 @@ from evaluation.uncertainty import (
     samples_needed_for_sets,
     set_difference,
     set_figure,
+    share_figure,
 )
 
 
@@ -43,6 +44,20 @@ def test_what_cannot_be_measured_is_said_and_counted():
     assert mean_figure("hits", torch.ones(5)) == Figure(1, 1, 1, 5)
     one_differs = mean_figure("hits", torch.tensor([0.0, 1.0]))
     assert one_differs.low <= one_differs.value <= one_differs.high
+
+
+def test_five_hits_of_five_do_not_make_sure():
+    """Wilson's interval for k hits of n: (k + z^2 / 2 ± z sqrt(k (n - k) / n + z^2 / 4)) / (n + z^2)."""
+    z = 1.959964
+    figure = share_figure("retrieval", torch.ones(5))
+    assert (figure.value, figure.high) == (1, pytest.approx(1)) and figure.low == pytest.approx(5 / (5 + z**2))
+    figure = share_figure("retrieval", torch.tensor([1.0, 0, 0, 0, float("nan")]))
+    spread = z * math.sqrt(3 / 4 + z**2 / 4)
+    assert figure.low == pytest.approx((1 + z**2 / 2 - spread) / (4 + z**2)) and figure.skipped == 1
+    assert figure.high == pytest.approx((1 + z**2 / 2 + spread) / (4 + z**2))
+    ties = torch.tensor([1.0, 0.5, 0, 1])
+    assert share_figure("retrieval", ties) == mean_figure("retrieval", ties)
+    assert share_figure("retrieval", "needs CLIP") == "needs CLIP"
 
 
 def test_paired_differences_are_surer_than_two_intervals():
