@@ -32,7 +32,7 @@ from models.diffusion import SAMPLERS
 from models.generation import check_takes_pictures, prompt_length
 from models.pipeline import TexturePipeline, read_mask, weights_hash
 from models.settings import MASKED_STRENGTH, GenerationSettings, check_ranges, read_description, read_settings
-from render.export import SUFFIXES, export_body
+from render.export import INFLUENCES, SUFFIXES, export_body
 from render.regions import BODY_REGIONS
 from render.rigs import load_rig
 from render.turntable import contact_sheet, save_turntable, turntable_frames
@@ -40,6 +40,8 @@ from render.uv_space import texture_pixels
 
 EXPORTS = (*(suffix[1:] for suffix in SUFFIXES), "gif", "mp4", "sheet")
 MANIFEST = "manifest.jsonl"
+LONGEST_NAME = 60  # bytes of a prompt or a picture's name in a file's name
+HASHED = {"weights": "checkpoint", "pictures": "images", "edited": "init_texture"}  # a hash, and what names its files
 ASKED = ("num_inference_steps", "sampler", "guidance_scale", "text_guidance", "image_guidance", "negative_prompt",
          "img_weight", "eta", "strength", "size", "seam_fix")  # fmt: skip
 REPEATED = ("prompt", "seed", "init_texture", "mask", "checkpoint", "lora", "aligner", "config")  # of --settings
@@ -66,6 +68,7 @@ class Call:
     description: dict
     exports: list[str]
     pose: str
+    bones: int
     is_list: bool
 
 
@@ -110,6 +113,10 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
                      help="bring colours on both sides of each UV seam together")  # fmt: skip
     out.add_argument("--turntable", action="store_true", help="also a GIF of the turning body: --export gif")
     out.add_argument("--export", default="", help=f"comma-separated, beside each texture: {', '.join(EXPORTS)}")
+    out.add_argument(
+        "--bones", type=int, choices=INFLUENCES, default=INFLUENCES[0],
+        help="that move a vertex of a GLB, at most: all viewers read 4, few read 8 (default: %(default)s)",
+    )  # fmt: skip
     out.add_argument("--pose", default="rest", help="of the exported body: rest, standing, walking, ...")
     args, unknown = parser.parse_known_args()
     args.exports = [name for name in args.export.split(",") if name] + ["gif"] * args.turntable
@@ -178,7 +185,7 @@ def file_name(text: str) -> str:
     """What a text may be called as a file. Where letters are lost, its hash stands for them, so that no two texts
     have one name."""
     words = " ".join(text.split())
-    name = re.sub(r"\W+", "-", words)[:60].strip("-")
+    name = re.sub(r"\W+", "-", words).encode()[:LONGEST_NAME].decode(errors="ignore").strip("-")
     return name if name.replace("-", " ") == words else f"{name}-{content_hash(text.encode())[:8]}".lstrip("-")
 
 
@@ -249,6 +256,15 @@ def describe(args: argparse.Namespace, overrides: list[str], settings: Generatio
     }
 
 
+def check_is_the_same(told: dict, description: dict) -> None:
+    """Raises UserError where a texture that is to be repeated would come from other weights or pictures unseen."""
+    for name, source in HASHED.items():
+        if description[source] == told[source] and description[name] != told[name]:
+            raise UserError(f"{description[source]} is no longer what the texture of --settings was made from: it "
+                            f"cannot be repeated; give --{source.removesuffix('s').replace('_', '-')} by hand to make "
+                            "another one")  # fmt: skip
+
+
 def files_hash(paths: Sequence[str]) -> str:
     """Of the files' contents; of one that cannot be read, of nothing: it is skipped later."""
     return content_hash(*(Path(path).read_bytes() if os.access(path, os.R_OK) else b"" for path in paths))
@@ -271,10 +287,10 @@ def is_done(job: Job, description: dict, exports: list[str]) -> bool:
     return all(told.get(key) == value for key, value in description.items())
 
 
-def export(job: Job, texture: Image.Image, body_spec: str, exports: list[str], pose: str) -> list[Path]:
+def export(job: Job, texture: Image.Image, call: Call) -> list[Path]:
     """Writes the textured body beside job.path in each of the formats."""
-    rig, files = load_rig(body_spec), export_names(job, exports)
-    sampled = rig.named_pose(pose, job.seed)
+    rig, files = load_rig(call.pipeline.body_spec), export_names(job, call.exports)
+    sampled = rig.named_pose(call.pose, job.seed)
     body, filled = rig.posed(sampled), (texture_pixels(texture, texture.width) + 1) / 2
     for name, path in files.items():
         if name == "sheet":
@@ -282,7 +298,7 @@ def export(job: Job, texture: Image.Image, body_spec: str, exports: list[str], p
         elif name in ("gif", "mp4"):
             save_turntable(turntable_frames(body, filled), path)
         else:
-            export_body(path, rig, sampled, texture)
+            export_body(path, rig, sampled, texture, influences=call.bones)
     return list(files.values())
 
 
@@ -377,9 +393,7 @@ def make_all(jobs: list[Job], call: Call, copies: tuple[int, int] | None, batch_
 
 def finish(job: Job, texture: Image.Image, batch: tuple[int, int], call: Call) -> None:
     """Writes a texture and what is exported with it."""
-    exported = []
-    if call.exports:
-        exported = export(job, texture, call.pipeline.body_spec, call.exports, call.pose)
+    exported = export(job, texture, call) if call.exports else []
     description = described(job, call) | {"batch": batch}
     write_texture(job.path, texture, description)  # last: what has one is whole
     if call.is_list:
@@ -392,7 +406,7 @@ def finish(job: Job, texture: Image.Image, batch: tuple[int, int], call: Call) -
 def main():
     with exit_on_user_error():
         args, overrides = parse_args()
-        told = fill_from_settings(args)
+        by_hand, told = argparse.Namespace(**vars(args)), fill_from_settings(args)
         overrides = [*told.get("overrides", []), *overrides]
         check(args)
         processes.keep_freed_memory()
@@ -404,12 +418,14 @@ def main():
         settings = resolve_settings(args, told, pipeline)
         description = describe(args, overrides, settings, pipeline)
         is_list = bool(args.prompts_file or args.images)
-        call = Call(pipeline, settings, init_texture, mask, description, args.exports, args.pose, is_list)
+        call = Call(pipeline, settings, init_texture, mask, description, args.exports, args.pose, args.bones, is_list)
         check_writable(jobs[0].path.parent)
         mine = jobs[processes.rank() :: processes.world_size()]
         waiting = [job for job in mine if not (is_list and is_done(job, described(job, call), args.exports))]
         if is_list:
             report_done(mine, waiting)
+        if told and not (args.lora or by_hand.checkpoint or by_hand.image or by_hand.init_texture):
+            check_is_the_same(told, described(jobs[0], call))
         copies = tuple(told["batch"]) if told and len(jobs) == 1 else None
         skipped = make_all(waiting, call, copies, args.batch_size)
         if skipped:

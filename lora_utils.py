@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from pathlib import Path
 
 import safetensors.torch
@@ -34,9 +35,14 @@ def add_text_encoder_lora(text_encoder, settings) -> list[torch.nn.Parameter]:
 
 def _add_adapter(module, settings, r: int, alpha: float, target_modules: list[str]) -> list[torch.nn.Parameter]:
     config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=settings.dropout, init_lora_weights="gaussian",
-        target_modules=target_modules, use_rslora=settings.use_rslora, use_dora=settings.use_dora,
-    )  # fmt: skip
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=settings.dropout,
+        init_lora_weights="gaussian",
+        target_modules=target_modules,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+    )
     try:
         module.add_adapter(config)
     except ValueError as error:
@@ -101,9 +107,9 @@ def _load_diffusers_file(base, file: Path) -> None:
         StableDiffusionPipeline.load_lora_into_text_encoder(state, network_alphas, base.text_encoder, metadata=metadata)
     for name in ADAPTED:
         expected = sum(key.startswith(f"{name}.") for key in state)
-        found = len(lora_parameters(getattr(base, name)))
-        if expected != found:
-            raise ValueError(f"{found} of its {expected} weights fit this {name}")
+        loaded = len(lora_parameters(getattr(base, name)))
+        if expected != loaded:
+            raise ValueError(f"{loaded} of its {expected} weights fit this {name}")
 
 
 def load_peft_adapters(base, folder: str | Path) -> None:
@@ -146,9 +152,9 @@ def _load_peft_adapter(module, folder: Path) -> None:
 def merge_lora(base) -> None:
     """Adds the LoRA to the weights under it, so that inference pays nothing for it."""
     for name in ADAPTED:
-        for part in getattr(base, name).modules():
-            if isinstance(part, BaseTunerLayer) and not part.merged:
-                part.merge()
+        for module in getattr(base, name).modules():
+            if isinstance(module, BaseTunerLayer) and not module.merged:
+                module.merge()
 
 
 def all_finite(tensors) -> bool:
@@ -156,9 +162,10 @@ def all_finite(tensors) -> bool:
 
 
 FORMATS = ("kohya", "peft")
+KOHYA_PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te"}
 
 
-def export_lora(file: str | Path, kind: str, out: str | Path) -> Path:
+def export_lora(file: str | Path, layout: str, out: str | Path) -> Path:
     """Our LoRA file in the layout of other tools → the path to give to them.
 
     kohya: one .safetensors with kohya's keys and an alpha for each layer, for ComfyUI and A1111. peft: a folder of
@@ -167,33 +174,33 @@ def export_lora(file: str | Path, kind: str, out: str | Path) -> Path:
     state, _, metadata = StableDiffusionPipeline.lora_state_dict(
         str(Path(file).parent), weight_name=Path(file).name, return_lora_metadata=True, local_files_only=True
     )
-    if not metadata or kind not in FORMATS:
-        raise UserError(f"{file} does not hold its alpha, or {kind!r} is none of {', '.join(FORMATS)}")
+    if not metadata or layout not in FORMATS:
+        raise UserError(f"{file} does not hold its alpha, or {layout!r} is none of {', '.join(FORMATS)}")
     out = Path(out)
-    if kind == "peft":
+    if layout == "peft":
+        fields = LoraConfig.__dataclass_fields__
         config = {key.removeprefix("unet."): value for key, value in metadata.items() if key.startswith("unet.")}
         out.mkdir(parents=True, exist_ok=True)
-        weights = {f"base_model.model.{key.removeprefix('unet.')}": value.contiguous() for key, value in state.items()
-                   if key.startswith("unet.")}  # fmt: skip
+        weights = {}
+        for key, value in state.items():
+            if key.startswith("unet."):
+                weights[f"base_model.model.{key.removeprefix('unet.')}"] = value.contiguous()
         safetensors.torch.save_file(weights, out / "adapter_model.safetensors", {"format": "pt"})
-        LoraConfig(**{key: value for key, value in config.items() if key in LoraConfig.__dataclass_fields__}
-                   ).save_pretrained(out)  # fmt: skip
+        LoraConfig(**{key: value for key, value in config.items() if key in fields}).save_pretrained(out)
         return out
     weights = {}
     for key, value in state.items():
-        part, _, name = key.partition(".")
-        module, _, side = (
-            name.replace(".lora_A.weight", " lora_down").replace(".lora_B.weight", " lora_up").partition(" ")
-        )
-        if side not in ("lora_down", "lora_up"):
+        component, _, name = key.partition(".")
+        match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
+        if not match:
             raise UserError(f"{file} has {name}, which kohya's layout has no place for; export it as peft")
-        prefix = {"unet": "lora_unet", "text_encoder": "lora_te"}[part]
-        target = f"{prefix}_{module.replace('.', '_')}"
+        target = f"{KOHYA_PREFIX[component]}_{match[1].replace('.', '_')}"
+        side = {"A": "lora_down", "B": "lora_up"}[match[2]]
         weights[f"{target}.{side}.weight"] = value.contiguous()
-        scale = metadata[f"{part}.lora_alpha"]
-        if metadata.get(f"{part}.use_rslora"):
-            scale = scale * metadata[f"{part}.r"] ** 0.5
-        weights[f"{target}.alpha"] = torch.tensor(float(scale))
+        alpha = metadata[f"{component}.lora_alpha"]
+        if metadata.get(f"{component}.use_rslora"):
+            alpha = alpha * metadata[f"{component}.r"] ** 0.5
+        weights[f"{target}.alpha"] = torch.tensor(float(alpha))
     path = out.with_suffix(".safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(weights, path)

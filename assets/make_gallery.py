@@ -43,19 +43,17 @@ def main():
     def textures(model: TrainedModel, **conditions) -> Image.Image:
         states = condition(model, conditions.get("prompt"), conditions.get("image"), 1)
         settings = model.cfg.inference
-        made = generate(
-            model, states, settings.negative_prompt, [SEED], settings.num_inference_steps, settings.guidance_scale
-        )
-        return finish_texture(made[0], rig.body)
+        steps, negative = settings.num_inference_steps, settings.negative_prompt
+        generated = generate(model, states, negative, [SEED], steps, settings.guidance_scale)
+        return finish_texture(generated[0], rig.body)
 
     before_after = []
     for number, prompt in enumerate(PROMPTS, 1):
         texture = textures(trained, prompt=prompt)
         (OUT / f"text-{number}.png").write_bytes(encode_image(shrunk(texture), format="PNG", optimize=True))
         pixels = (texture_pixels(texture, texture.width) + 1) / 2
-        save_turntable(
-            turntable_frames(rig.body, pixels, FRAMES, height=SIDE, width=SIDE * 3 // 4), OUT / f"text-{number}.gif"
-        )
+        frames = turntable_frames(rig.body, pixels, FRAMES, height=SIDE, width=SIDE * 3 // 4)
+        save_turntable(frames, OUT / f"text-{number}.gif")
         before_after.append((textures(base, prompt=prompt), texture))
     save_sheet([[on_white(pair[row]) for pair in before_after] for row in (0, 1)], "before-after.png")
 
@@ -86,7 +84,8 @@ def on_white(texture: Image.Image) -> Image.Image:
 
 def save_sheet(rows: list[list[Image.Image]], name: str, gap: int = 6) -> None:
     """Pictures of one height in rows, on white."""
-    sheet = Image.new("RGB", (sum(p.width + gap for p in rows[0]) - gap, len(rows) * (SIDE + gap) - gap), "white")
+    width = sum(picture.width + gap for picture in rows[0]) - gap
+    sheet = Image.new("RGB", (width, len(rows) * (SIDE + gap) - gap), "white")
     for number, row in enumerate(rows):
         left = 0
         for picture in row:

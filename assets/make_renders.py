@@ -21,13 +21,13 @@ from render.uv_space import texture_pixels
 def main():
     folder, size, columns = Path(sys.argv[1]), (288, 216), 7
     procedural = ProceduralTextures(12, 512, seed=4)
-    rows = []
+    rows, numbers, anny = [], list(range(columns)), load_rig("anny")
     for index, texture_id in enumerate((1, 5, 9)):
         texture = texture_pixels(open_image(procedural[texture_id][0]), 512)
-        rows.append(render_texture(load_rig("anny"), texture, Render(), 4, index, list(range(columns)), *size))
+        rows.append(render_texture(anny, texture, Render(), 4, index, numbers, *size))
     real = texture_pixels(open_image(folder / "real_textures" / "003.png"), 1024)
-    rig = load_rig(f"obj:{folder / 'smpl_uv.obj'}")
-    rows.append(render_texture(rig, real, Render(), 4, 3, list(range(columns)), *size))
+    smpl = load_rig(f"obj:{folder / 'smpl_uv.obj'}")
+    rows.append(render_texture(smpl, real, Render(), 4, 3, numbers, *size))
     sheet = torch.cat([torch.cat([picture for picture, _ in row], dim=-1) for row in rows], dim=-2)
     image_from_pixels(sheet).save(Path(__file__).with_name("renders.png"))
 

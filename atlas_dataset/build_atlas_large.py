@@ -18,7 +18,9 @@ import datasets
 
 from atlas_dataset.building import build_dataset, verify_dataset
 from atlas_dataset.dataset import INFO_FILE
-from common.errors import UserError, exit_on_user_error
+from atlas_dataset.prompts import LAYOUTS
+from common import processes
+from common.errors import UserError, exit_on_user_error, exit_when_stopped
 from common.files import push_folder
 from config.configuration import DEFAULT_CONFIG, dotted_overrides, load_config
 from embedded.sources import is_procedural, open_textures
@@ -27,11 +29,10 @@ from embedded.sources import is_procedural, open_textures
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--textures", help="folder of pictures, copy or hub name of ATLAS, or procedural:COUNT")
-    parser.add_argument("--prompts", help="text file, a prompt a line in the textures' order")
-    parser.add_argument(
-        "--body", default="anny", help="anny, obj:PATH, smpl:PATH, smplh:PATH or smplx:PATH (default: %(default)s)"
-    )
-    parser.add_argument("--views", type=int, default=5, help="renders of each texture; 0: none (default: %(default)s)")
+    parser.add_argument("--prompts", help=f"{LAYOUTS} (default: what lies with the textures)")
+    bodies = "anny, obj:PATH, smpl:PATH, smplh:PATH or smplx:PATH (default: %(default)s)"
+    parser.add_argument("--body", default="anny", help=bodies)
+    parser.add_argument("--views", type=int, default=5, help="of each texture; 0: none (default: %(default)s)")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--height", type=int, default=1024)
     parser.add_argument("--width", type=int, default=768)
@@ -45,7 +46,7 @@ def main():
     args, overrides = parser.parse_known_args()
     datasets.disable_progress_bars()
 
-    with exit_on_user_error():
+    with exit_when_stopped("the same command goes on after the last whole shard"), exit_on_user_error():
         if args.verify:
             counts = verify_dataset(args.out)
             print(f"{args.out} is whole: {counts['textures']} textures and {counts['renders']} renders")
@@ -57,21 +58,19 @@ def main():
         if args.limit is not None and args.limit < 1:
             raise UserError("--limit must be 1 or more")
         render = load_config(args.config or DEFAULT_CONFIG, dotted_overrides(overrides)).data.render
-        source = open_textures(args.textures, args.prompts, seed=args.seed)
+        source = open_textures(args.textures, args.prompts, seed=args.seed, limit=args.limit)
         if is_procedural(args.textures) and args.body != source.body:
             raise UserError(f"--body {args.body}: procedural textures are painted on {source.body}")
-        source.limit(args.limit)
-        out = build_dataset(
-            source, args.body, args.views, args.out, args.height, args.width, args.seed, render, args.licence,
-            args.workers,
-        )  # fmt: skip
+        processes.say(f"first texture: {source.pair(0)}\nlast texture:  {source.pair(len(source) - 1)}")
+        picture = (args.height, args.width, args.seed, render, args.licence)
+        out = build_dataset(source, args.body, args.views, args.out, *picture, args.workers)
         if not json.loads((out / INFO_FILE).read_text())["complete"]:
             print(f"{out}: this process's share is done, others are at work")
             return
         skipped = len(json.loads((out / "skipped.json").read_text()))
-        whole = len(source) - skipped
+        textures = len(source) - skipped
         note = f"; {skipped} skipped, see {out / 'skipped.json'}" if skipped else ""
-        print(f"{whole} textures and {whole * args.views} renders in {out}{note}")
+        print(f"{textures} textures and {textures * args.views} renders in {out}{note}")
         if args.push_to_hub:
             push_folder(out, args.push_to_hub, "dataset")
 

@@ -16,7 +16,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import datasets
@@ -27,13 +26,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from atlas_dataset.dataset import INFO_FILE
+from atlas_dataset.tables import has_picture, open_saved, read_batches
 from atlas_dataset.views import render_texture
 from common import processes
 from common.errors import UserError, reason
-from common.files import check_writable, temporary_name, write_whole
+from common.files import check_writable, is_hidden, remove_partial_files, temporary_name, write_whole
 from common.pictures import encode_image, image_from_pixels, open_image
 from config.configuration import Render
-from render.rigs import load_rig
+from render.rigs import absolute_spec, load_rig
 from render.uv_space import body_pixels
 
 TEXTURES_PER_SHARD = 32
@@ -41,17 +41,15 @@ ROWS_PER_GROUP = 16  # of a shard's rows, the unit that is written and read at o
 JPEG = dict(format="JPEG", quality=86, subsampling=0)
 JPEG_BYTES = 0.11  # a pixel, for the estimate of the disk space
 
-COLOUR = datasets.Sequence(datasets.Value("float32"))
-TEXTURE_FEATURES = datasets.Features({
-    "texture_id": datasets.Value("int64"), "texture": datasets.Image(), "prompt": datasets.Value("string"),
-    "licence": datasets.Value("string"),
-})  # fmt: skip
-RENDER_FEATURES = datasets.Features({
-    "texture_id": datasets.Value("int64"), "view": datasets.Value("int64"), "image": datasets.Image(),
-    **{key: datasets.Value("float32") for key in ("azimuth", "elevation", "fov_degrees", "fill", "bottom")},
-    "ambient": COLOUR, "lights": datasets.Sequence(COLOUR), "background": datasets.Value("string"),
-    "pose": COLOUR, "shape": COLOUR, "gender": datasets.Value("string"), "licence": datasets.Value("string"),
-})  # fmt: skip
+INTEGER, NUMBER, TEXT = (datasets.Value(dtype) for dtype in ("int64", "float32", "string"))
+NUMBERS, PICTURE = datasets.Sequence(NUMBER), datasets.Image()
+CAMERA = dict.fromkeys(("azimuth", "elevation", "fov_degrees", "fill", "bottom"), NUMBER)
+SCENE = {"ambient": NUMBERS, "lights": datasets.Sequence(NUMBERS), "background": TEXT}
+POSED_BODY = {"pose": NUMBERS, "shape": NUMBERS, "gender": TEXT}
+TEXTURE_FEATURES = datasets.Features(texture_id=INTEGER, texture=PICTURE, prompt=TEXT, licence=TEXT)
+RENDER_FEATURES = datasets.Features(
+    texture_id=INTEGER, view=INTEGER, image=PICTURE, **CAMERA, **SCENE, **POSED_BODY, licence=TEXT
+)
 
 DATA_CARD = """---
 configs:
@@ -107,16 +105,13 @@ class Recipe:
             image = open_image(encoded, name)
         except UserError as error:
             return {"texture_id": texture_id, "name": name, "reason": str(error)}
-        texture = {"bytes": encoded, "path": None}
-        row = {"texture_id": texture_id, "texture": texture, "prompt": prompt, "licence": self.licence}
-        renders = [
-            {
-                "texture_id": texture_id, "view": view, "licence": self.licence, **sampled,
-                "image": {"bytes": encode_image(image_from_pixels(picture), **JPEG), "path": None},
-            }
-            for view, (picture, sampled) in enumerate(self.frames(texture_id, image))
-        ]  # fmt: skip
-        return row, renders
+        shared = {"texture_id": texture_id, "licence": self.licence}
+        texture_row = {**shared, "texture": {"bytes": encoded, "path": None}, "prompt": prompt}
+        render_rows = []
+        for view, (picture, sampled) in enumerate(self.frames(texture_id, image)):
+            jpeg = encode_image(image_from_pixels(picture), **JPEG)
+            render_rows.append({**shared, "view": view, "image": {"bytes": jpeg, "path": None}, **sampled})
+        return texture_row, render_rows
 
 
 def build_dataset(
@@ -129,9 +124,7 @@ def build_dataset(
     Raises UserError when out holds a data set built otherwise, when the disk is too small, or when nothing is left.
     """
     out, render = Path(out), render or Render()
-    kind, _, path = body_spec.partition(":")
-    if path:  # the data set is read from anywhere
-        body_spec = f"{kind}:" + ",".join(str(Path(part).resolve()) for part in path.split(","))
+    body_spec = absolute_spec(body_spec)  # the data set is read from anywhere
     info = {
         "body": body_spec, "textures": len(source), "views": views, "height": height, "width": width, "seed": seed,
         "render": render.model_dump(), "licence": licence, "source": source.fingerprint(),
@@ -143,31 +136,35 @@ def build_dataset(
     was_complete = (out / INFO_FILE).exists() and _check_same_settings(out / INFO_FILE, info)["complete"]
 
     device = f"cuda:{processes.local_rank()}" if torch.cuda.is_available() else "cpu"
-    count = -(-len(source) // TEXTURES_PER_SHARD)
-    missing = [shard for shard in range(count) if not all(file.exists() for file in _files(out, shard)[:2])]
+    shards = range(-(-len(source) // TEXTURES_PER_SHARD))
+    missing = [shard for shard in shards if not all(file.exists() for file in _shard_files(out, shard)[:2])]
     if not missing and was_complete:
         return out
-    _check_space(source, len(missing) / count, views, out, height, width)
-    waiting = [shard for shard in missing if shard % processes.world_size() == processes.rank()]
+    _check_space(source, len(missing) / len(shards), views, out, height, width)
+    own_shards = [shard for shard in missing if shard % processes.world_size() == processes.rank()]
     if workers is None:
-        is_small = len(waiting) * TEXTURES_PER_SHARD * views < 200
+        is_small = len(own_shards) * TEXTURES_PER_SHARD * views < 200
         workers = 0 if device != "cpu" or is_small else processes.cores()
     recipe = Recipe(body_spec, render, views, height, width, seed, licence, device)
-    done = (count - len(waiting)) * TEXTURES_PER_SHARD * views
-    with (
-        _renderers(workers) as pool,
-        tqdm(total=len(source) * views, initial=min(done, len(source) * views), desc="renders", unit="row") as progress,
-    ):
-        for shard in waiting:
-            texture_ids = range(shard * TEXTURES_PER_SHARD, min((shard + 1) * TEXTURES_PER_SHARD, len(source)))
-            built = _in_turn(pool, recipe.rows, source, texture_ids, ahead=2 * workers)
-            _write_shard(out, shard, built, progress, views, info)
-    if all(_files(out, shard)[1].exists() for shard in range(count)):
-        _finish(out, info, count)
+    total = len(source) * views
+    others = min((len(shards) - len(own_shards)) * TEXTURES_PER_SHARD * views, total)
+    progress = tqdm(total=total, initial=others, desc="renders", unit="row")
+    try:
+        with progress, _renderers(workers) as pool:
+            for shard in own_shards:
+                first = shard * TEXTURES_PER_SHARD
+                texture_ids = range(first, min(first + TEXTURES_PER_SHARD, len(source)))
+                results = _in_turn(pool, recipe.rows, source, texture_ids, ahead=2 * workers)
+                _write_shard(out, shard, results, progress, views, info)
+    except BaseException:  # Ctrl-C too, which comes at any line
+        remove_partial_files(out)
+        raise
+    if all(_shard_files(out, shard)[1].exists() for shard in shards):
+        _finish(out, info, shards)
     return out
 
 
-def _files(out: Path, shard: int) -> tuple[Path, Path, Path]:
+def _shard_files(out: Path, shard: int) -> tuple[Path, Path, Path]:
     """A shard's textures, its renders (renamed last of the two, so that both are whole), and what it skipped."""
     name = f"shard-{shard:05d}"
     return out / "textures" / f"{name}.parquet", out / "renders" / f"{name}.parquet", out / f".skipped-{name}.json"
@@ -177,7 +174,7 @@ def _files(out: Path, shard: int) -> tuple[Path, Path, Path]:
 def _renderers(workers: int) -> Iterator[ProcessPoolExecutor | None]:
     """Processes of one thread each: as fast as the cores, and each picture's bytes depend on nothing around it."""
     if workers:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=prepare_renderer) as pool:
+        with processes.worker_pool(workers, prepare_renderer) as pool:
             yield pool
         return
     threads = torch.get_num_threads()
@@ -196,40 +193,41 @@ def prepare_renderer() -> None:
 
 def _in_turn(pool, task, source, texture_ids, ahead: int) -> Iterator:
     """task(...) for each texture in order; with a pool, no more than `ahead` are read before they are wanted."""
-    running: deque = deque()
+    futures: deque = deque()
     for texture_id in texture_ids:
         name = source.name(texture_id)
         try:
             arguments = (texture_id, *source[texture_id], name)
         except UserError as error:  # the file itself cannot be read
-            while running:
-                yield running.popleft().result()
+            while futures:
+                yield futures.popleft().result()
             yield {"texture_id": texture_id, "name": name, "reason": str(error)}
             continue
         if pool is None:
             yield task(*arguments)
             continue
-        running.append(pool.submit(task, *arguments))
-        if len(running) > ahead:
-            yield running.popleft().result()
-    while running:
-        yield running.popleft().result()
+        futures.append(pool.submit(task, *arguments))
+        if len(futures) > ahead:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
 
 
-def _write_shard(out: Path, shard: int, built, progress: tqdm, views: int, info: dict) -> None:
-    textures_file, renders_file, skipped_file = _files(out, shard)
+def _write_shard(out: Path, shard: int, results: Iterator, progress: tqdm, views: int, info: dict) -> None:
+    textures_file, renders_file, skipped_file = _shard_files(out, shard)
     skipped, writers = [], []
     try:
         for file, features in ((textures_file, TEXTURE_FEATURES), (renders_file, RENDER_FEATURES)):
             writers.append(_ParquetWriter(file, features))
         textures, renders = writers
-        for result in built:
+        for result in results:
             if isinstance(result, dict):
                 skipped.append(result)
                 progress.write(f"skipped: {result['reason']}")
             else:
-                textures.add([result[0]])
-                renders.add(result[1])
+                texture_row, render_rows = result
+                textures.add([texture_row])
+                renders.add(render_rows)
             progress.update(views)
         textures.close()
         renders.close()
@@ -237,7 +235,7 @@ def _write_shard(out: Path, shard: int, built, progress: tqdm, views: int, info:
             _write_json(skipped_file, skipped)
         else:
             skipped_file.unlink(missing_ok=True)  # of an earlier start, before the picture was mended
-        if not (out / INFO_FILE).exists():  # the settings come before the first shard, and not before it is sure
+        if not (out / INFO_FILE).exists():  # before the first shard, and not before that is sure
             _write_json(out / INFO_FILE, {**info, "complete": False})
         textures.publish()
         renders.publish()
@@ -259,9 +257,10 @@ class _ParquetWriter:
         self.file, self.features, self.rows = file, features, []
         self.partial = temporary_name(file)
         check_writable(file.parent)
+        self.sink = pyarrow.OSFile(str(self.partial), "wb")  # a path with :: in it would be taken for a URL
         # Pictures are compressed already.
         self.writer = pyarrow.parquet.ParquetWriter(
-            self.partial, features.arrow_schema, compression="none", use_dictionary=False
+            self.sink, features.arrow_schema, compression="none", use_dictionary=False
         )
 
     def add(self, rows: list[dict]) -> None:
@@ -278,6 +277,7 @@ class _ParquetWriter:
         if self.rows:
             self._write_rows()
         self.writer.close()
+        self.sink.close()
 
     def publish(self) -> None:
         os.replace(self.partial, self.file)
@@ -286,6 +286,8 @@ class _ParquetWriter:
         """Removes what was not published."""
         with suppress(OSError):
             self.writer.close()
+        with suppress(OSError):
+            self.sink.close()
         self.partial.unlink(missing_ok=True)
 
 
@@ -295,8 +297,8 @@ def _check_space(source, share: float, views: int, out: Path, height: int, width
     for index in range(0, len(source), max(1, len(source) // 8)):
         with suppress(UserError):  # one that cannot be read is skipped later
             sizes.append(len(source[index][0]))
-    a_texture = sum(sizes) / max(1, len(sizes))
-    needed = share * len(source) * (a_texture + views * height * width * JPEG_BYTES)
+    mean_size = sum(sizes) / max(1, len(sizes))
+    needed = share * len(source) * (mean_size + views * height * width * JPEG_BYTES)
     free = shutil.disk_usage(out).free
     print(f"{out} will take about {needed / 1e9:.2f} GB; {free / 1e9:.2f} GB are free")
     if needed > free:
@@ -305,18 +307,17 @@ def _check_space(source, share: float, views: int, out: Path, height: int, width
         )
 
 
-def _finish(out: Path, info: dict, shards: int) -> None:
+def _finish(out: Path, info: dict, shards: range) -> None:
     skipped = []
-    for shard in range(shards):
-        file = _files(out, shard)[2]
+    for shard in shards:
+        file = _shard_files(out, shard)[2]
         if file.exists():
             skipped += json.loads(file.read_text())
     _write_json(out / "skipped.json", skipped)
     if len(skipped) == info["textures"]:
         raise UserError(f"no texture could be read; the first: {skipped[0]['reason']}")
     write_whole(out / "README.md", DATA_CARD.format(**info).encode())
-    for left in out.rglob(".*.partial"):  # of starts that were killed
-        left.unlink(missing_ok=True)
+    remove_partial_files(out, of_all=True)
     _write_json(out / INFO_FILE, {**info, "complete": True})
 
 
@@ -334,15 +335,19 @@ def _check_same_settings(file: Path, info: dict) -> dict:
         raise UserError(f"cannot read {file} ({reason(error)}); choose another --out or delete that folder") from None
     if changed:
         key = changed[0]
-        was, now = (json.dumps(part[key]) for part in (earlier, info))
-        what = "other textures or prompts" if key == "source" else f"{key} {was}, not {now}"
-        raise UserError(f"{file.parent} was built with {what}; choose another --out or delete it")
+        difference = f"{key} {json.dumps(earlier[key])}, not {json.dumps(info[key])}"
+        if key == "source":
+            difference = "other textures or prompts"
+        raise UserError(f"{file.parent} was built with {difference}; choose another --out or delete it")
     return earlier
 
 
 def verify_dataset(root: str | Path) -> dict[str, int]:
-    """Decodes every picture of a finished data set → rows of each table. Raises UserError naming what is damaged."""
+    """Decodes every picture of a finished data set, or of one in the seed's layout → rows of each table. Raises
+    UserError naming what is damaged."""
     root = Path(root)
+    if not (root / INFO_FILE).exists() and (root / "state.json").exists():
+        return _verify_seed_layout(root)
     try:
         info = json.loads((root / INFO_FILE).read_text())
         textures, views, complete = info["textures"], info["views"], info["complete"]
@@ -351,10 +356,10 @@ def verify_dataset(root: str | Path) -> dict[str, int]:
     counts = {}
     for table, column in (("textures", "texture"), ("renders", "image")):
         counts[table] = 0
-        files = sorted((root / table).glob("*.parquet"))
+        files = [file for file in sorted((root / table).glob("*.parquet")) if not is_hidden(Path(file.name))]
         for file in tqdm(files, table, unit="shard"):
             try:
-                for batch in pyarrow.parquet.ParquetFile(file).iter_batches(ROWS_PER_GROUP, columns=[column]):
+                for batch in read_batches(file, [column]):
                     for picture in batch.column(column).to_pylist():
                         open_image(picture["bytes"], f"row {counts[table]}")
                         counts[table] += 1
@@ -362,8 +367,32 @@ def verify_dataset(root: str | Path) -> dict[str, int]:
                 raise UserError(
                     f"{file} is damaged ({reason(error)}); delete it and the same shard's other file, then build again"
                 ) from None
-    skipped = len(json.loads((root / "skipped.json").read_text())) if (root / "skipped.json").exists() else 0
-    expected = textures - skipped
+    skipped_file = root / "skipped.json"
+    skipped = json.loads(skipped_file.read_text()) if skipped_file.exists() else []
+    expected = textures - len(skipped)
     if not complete or counts != {"textures": expected, "renders": expected * views}:
         raise UserError(f"{root} is not finished: {counts}; run its build command again")
     return counts
+
+
+def _verify_seed_layout(root: Path) -> dict[str, int]:
+    try:
+        rows = open_saved(root)
+        columns = [column for column in ("texture", "image") if column in rows.column_names]
+        for column in columns:
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+        whole = {column: int(has_picture(rows, column).sum()) for column in columns}
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        raise UserError(f"cannot read data set {root}: {reason(error)}") from None
+    damaged = []
+    for number, row in enumerate(tqdm(rows.select_columns(columns), "rows", unit="row")):
+        for column in columns:
+            encoded = row[column] and (row[column]["bytes"] or row[column]["path"])
+            try:
+                if encoded:  # without a picture the row is left out
+                    open_image(encoded, f"{column} of row {number}")
+            except UserError as error:
+                damaged.append(str(error))
+    if damaged:
+        raise UserError(f"{len(damaged)} pictures of {root} cannot be read: {' / '.join(damaged[:20])}")
+    return {"textures": whole.get("texture", 0), "renders": whole.get("image", 0)}

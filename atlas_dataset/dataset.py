@@ -2,16 +2,22 @@
 
 import copy
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from atlas_dataset.tables import check_prompts, has_picture, open_parquet, open_saved
 from atlas_dataset.views import render_texture
+from common import processes
 from common.errors import UserError, reason
+from common.files import is_hidden
 from common.pictures import image_from_pixels, open_image, prepare_image
 from config.configuration import Render
 from render.rigs import load_rig
@@ -25,8 +31,7 @@ class ATLASLarge(Dataset):
     """Rows for training, each picture decoded once.
 
     root: a folder written by build_atlas_large.py, or the seed's layout (`load_from_disk` with columns `image`,
-    `texture`, `prompt`). with_renders: a row for each
-    render; without, for each texture.
+    `texture`, `prompt`). with_renders: a row for each render; without, for each texture.
 
     body is the spec of the mesh whose UV layout the textures have; None where the layout does not say.
 
@@ -47,7 +52,7 @@ class ATLASLarge(Dataset):
     ):
         self.fresh_render: Callable[[int, int], Tensor] | None = None
         self.with_renders, self.resolution, self.image_size = with_renders, resolution, (image_size, image_size)
-        root = Path(root)
+        self.root = root = Path(root)
         try:
             if (root / INFO_FILE).exists():
                 self._open_built(root, cache_dir)
@@ -60,12 +65,13 @@ class ATLASLarge(Dataset):
                 )
         except UserError:
             raise
-        except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
             raise UserError(f"cannot read data set {root}: {reason(error)}; build it again") from error
         self.rows = np.arange(self._stored_rows())
         if not len(self):
             raise UserError(f"data set {root} has no rows")
         self.prompts = self.textures["prompt"][:]
+        check_prompts(self.prompts, f"data set {root}", self.row_numbers)
         self.decoded: dict[int, Tensor] = {}
         self.cached: dict = {}  # name → row → tensor
 
@@ -78,9 +84,12 @@ class ATLASLarge(Dataset):
             )
 
         def table(name):
-            files = sorted(str(path) for path in (root / name).glob("*.parquet"))
-            return datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=cache_dir)
+            files = sorted(path for path in (root / name).glob("*.parquet") if not is_hidden(Path(path.name)))
+            if not files:
+                raise FileNotFoundError(f"{name}/*.parquet are missing")
+            return open_parquet(files, cache_dir)
 
+        self.row_numbers = None
         self.textures = table("textures").cast_column("texture", datasets.Image(decode=False))
         self.renders = None
         if self.with_renders and info["views"]:
@@ -89,16 +98,40 @@ class ATLASLarge(Dataset):
             self.texture_rows = [position[texture_id] for texture_id in self.renders["texture_id"]]
 
     def _open_seed_layout(self, root: Path) -> None:
-        rows = datasets.load_from_disk(str(root))
+        rows = open_saved(root)
         missing = {"texture", "prompt", *({"image"} if self.with_renders else ())} - set(rows.column_names)
         if missing:
             raise UserError(f"data set {root} lacks the columns {sorted(missing)}; it has {rows.column_names}")
         for column in {"texture", "image"} & set(rows.column_names):
             rows = rows.cast_column(column, datasets.Image(decode=False))
+        rows = self._leave_out_rows_without_picture(rows, root)
         self.textures = rows.remove_columns("image") if "image" in rows.column_names else rows
         self.renders = rows.remove_columns("texture") if self.with_renders else None
         self.texture_rows = range(len(rows))
         self.body = None
+
+    def _leave_out_rows_without_picture(self, rows: datasets.Dataset, root: Path) -> datasets.Dataset:
+        """The same rows are left out whenever the data set is opened, before any is numbered: what comes after them
+        has the same order in each run. A picture that is there and cannot be decoded is an error instead."""
+        whole = has_picture(rows, "texture")
+        if self.with_renders:
+            whole &= has_picture(rows, "image")
+        self.row_numbers = np.flatnonzero(whole).tolist()
+        missing = np.flatnonzero(~whole).tolist()
+        if not missing:
+            return rows
+        columns = "'texture' or 'image'" if self.with_renders else "'texture'"
+        if not self.row_numbers:
+            raise UserError(f"no row of data set {root} has a picture in {columns}; build it again")
+        if processes.is_main():
+            shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+            text = f"{len(missing)} of {len(rows)} rows of data set {root} have no picture in {columns}"
+            print(f"{text} and are left out: {shown}", file=sys.stderr)
+        return rows.select(self.row_numbers)
+
+    def _number(self, row: int) -> int:
+        """The number of a row in the data set as it is stored, for messages."""
+        return self.row_numbers[row] if self.row_numbers is not None else row
 
     def render_online(self, render: Render, body: str, views_per_texture: int, seed: int) -> None:
         """From now on `views_per_texture` rows a texture, whose renders are made when they are read: no two epochs
@@ -106,13 +139,12 @@ class ATLASLarge(Dataset):
         """
         rig, height = load_rig(body, render.poses), self.image_size[0]
         mask = uv_mask(rig.body, self.resolution)
-        self.renders, self.texture_rows = (
-            None,
-            [row for row in range(len(self.textures)) for _ in range(views_per_texture)],
-        )
+        self.renders = None
+        self.texture_rows = [row for row in range(len(self.textures)) for _ in range(views_per_texture)]
 
         def fresh_render(texture_row: int, number: int) -> Tensor:
-            texture, size = fill_outside(self.texture(texture_row), mask), (height, height * 3 // 4)
+            texture = fill_outside(self.texture(texture_row), mask)
+            size = (height, height * 3 // 4)
             picture, _ = render_texture(rig, texture, render, seed, texture_row, [number], *size)[0]
             return prepare_image(image_from_pixels(picture), self.image_size)
 
@@ -123,7 +155,7 @@ class ATLASLarge(Dataset):
         """(height, width) of the first stored render; a square where there is none."""
         if self.renders is None:
             return 1, 1
-        return self._open(self.renders[0]["image"], "image of row 0").size[::-1]
+        return self._open(self.renders[0]["image"], f"image of row {self._number(0)}").size[::-1]
 
     def _stored_rows(self) -> int:
         """Renders where there are any, or else textures."""
@@ -139,18 +171,22 @@ class ATLASLarge(Dataset):
     def hold_out(self, count: int) -> "ATLASLarge":
         """Takes the rows of `count` textures out of this data set → one with the first render of each.
 
-        They are the same for every run on the same data set. Raises UserError when none would be left.
+        They are the same for every run on the same rows. Raises UserError when none would be left.
         """
         if count >= len(self.textures):
-            raise UserError(f"data.validation_textures {count} leaves none of {len(self.textures)} textures to "
-                            "train on; set it lower, 0 holds none out")  # fmt: skip
+            raise UserError(
+                f"data.validation_textures {count} leaves none of {len(self.textures)} textures to train on; "
+                "set it lower, 0 holds none out"
+            )
         chosen = set(np.random.default_rng(0).permutation(len(self.textures))[:count].tolist())
-        held_out, first = copy.copy(self), {}
+        held_out, first_rows, kept_rows = copy.copy(self), {}, []
         for row in self.rows.tolist():
             if self._texture_row(row) in chosen:
-                first.setdefault(self._texture_row(row), row)
-        held_out.rows = np.array(sorted(first.values()), np.int64)
-        self.rows = np.array([row for row in self.rows.tolist() if self._texture_row(row) not in chosen], np.int64)
+                first_rows.setdefault(self._texture_row(row), row)
+            else:
+                kept_rows.append(row)
+        held_out.rows = np.array(sorted(first_rows.values()), np.int64)
+        self.rows = np.array(kept_rows, np.int64)
         return held_out
 
     def __len__(self) -> int:
@@ -162,9 +198,10 @@ class ATLASLarge(Dataset):
         """
         if not self._has_images:
             return rng.permutation(len(self))
-        place = np.empty(len(self.textures), np.int64)
-        place[rng.permutation(len(self.textures))] = np.arange(len(self.textures)) // TEXTURES_KEPT
-        return np.lexsort((rng.permutation(len(self)), place[np.asarray(self.texture_rows)[self.rows]]))
+        group = np.empty(len(self.textures), np.int64)  # of each texture
+        group[rng.permutation(len(self.textures))] = np.arange(len(self.textures)) // TEXTURES_KEPT
+        group_of_row = group[np.asarray(self.texture_rows)[self.rows]]
+        return np.lexsort((rng.permutation(len(self)), group_of_row))
 
     def __iter__(self) -> Iterator[dict]:
         return (self[index] for index in range(len(self)))
@@ -172,18 +209,18 @@ class ATLASLarge(Dataset):
     def __getitem__(self, index: int) -> dict:
         row = int(self.rows[index % len(self)])
         texture_row, cached = self._texture_row(row), self.cached
-        found = {"prompt": self.prompts[texture_row], "texture_id": texture_row}
+        sample = {"prompt": self.prompts[texture_row], "texture_id": texture_row}
         if "posterior" in cached:
-            found["posterior"] = cached["posterior"][texture_row]
+            sample["posterior"] = cached["posterior"][texture_row]
         else:
-            found["texture"] = self.texture(texture_row)
+            sample["texture"] = self.texture(texture_row)
         if "text_states" in cached:
-            found["text_states"] = cached["text_states"][texture_row]
+            sample["text_states"] = cached["text_states"][texture_row]
         if "image_tokens" in cached:
-            found["image_tokens"] = cached["image_tokens"][row]
+            sample["image_tokens"] = cached["image_tokens"][row]
         elif self._has_images:
-            found["image"] = self.image(row, index)
-        return found
+            sample["image"] = self.image(row, index)
+        return sample
 
     def picture(self, index: int) -> Tensor:
         """The render that row `index` shows, cached or not: (3, *image_size) in [-1, 1]."""
@@ -193,19 +230,26 @@ class ATLASLarge(Dataset):
         """Stored render `row`, or the fresh render number `number` of its texture."""
         if self.fresh_render:
             return self.fresh_render(self.texture_rows[row], number)
-        return prepare_image(
-            self._open(self.renders[row]["image"], f"image of row {row}", max(self.image_size)), self.image_size
-        )
+        image = self._open(self.renders[row]["image"], f"image of row {self._number(row)}", max(self.image_size))
+        return prepare_image(image, self.image_size)
 
     def texture(self, row: int) -> Tensor:
         """Texture `row`, kept for the next of its renders: a small set is decoded once in all."""
         if row not in self.decoded:
             if len(self.decoded) >= TEXTURES_KEPT:
                 del self.decoded[next(iter(self.decoded))]
-            image = self._open(self.textures[row]["texture"], f"texture {row}")
+            image = self._open(self.textures[row]["texture"], f"texture {self._number(row)}")
             self.decoded[row] = texture_pixels(image, self.resolution)
         return self.decoded[row]
 
-    @staticmethod
-    def _open(picture: dict, name: str, size: int | None = None):
-        return open_image(picture["bytes"] or picture["path"], name, size)
+    def _open(self, picture: dict | None, name: str, size: int | None = None) -> Image.Image:
+        """A picture that is there and cannot be decoded ends the run: that is seen when it is met, and to go on
+        without it would give other rows to each step after it, and to a resumed run."""
+        encoded = picture and (picture["bytes"] or picture["path"])
+        if not encoded:
+            raise UserError(f"{name} of data set {self.root} is missing; build it again")
+        try:
+            return open_image(encoded, f"{name} of data set {self.root}", size)
+        except UserError as error:
+            verify = f"python -m atlas_dataset.build_atlas_large --verify --out {self.root}"
+            raise UserError(f"{error}; '{verify}' names all such pictures") from None

@@ -1,62 +1,65 @@
 """Textures to build a data set from, with their prompts: ATLAS, or any folder of pictures."""
 
-import hashlib
-import json
 from pathlib import Path
 
 import datasets
 from torch.utils.data import Dataset
 
+from atlas_dataset.dataset import INFO_FILE
+from atlas_dataset.prompts import LAYOUTS, PROMPT_COLUMNS, prompts_in_folder, read_prompts
+from atlas_dataset.tables import check_prompts, fingerprint, open_parquet, open_saved, picture_paths
 from common.errors import UserError, reason
-from common.pictures import is_picture
-
-
-def fingerprint(*parts) -> str:
-    """A short hash of what a source is made of."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """One prompt a line; the last line may lack its line break."""
-    try:
-        prompts = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read prompts {path}: {reason(error)}; give a text file with a prompt a line") from None
-    empty = next((number for number, prompt in enumerate(prompts, 1) if not prompt.strip()), None)
-    if empty:
-        raise UserError(f"prompts {path}: line {empty} is empty; each line is one texture's prompt")
-    return [prompt.strip() for prompt in prompts]
+from common.files import is_hidden, natural_order
+from common.pictures import is_picture, picture_files
 
 
 class HuggingFaceATLAS(Dataset):
-    """ATLAS textures as encoded pictures with their prompts, row by row.
+    """Textures as encoded pictures with their prompts, row by row.
 
-    source: a folder of pictures (in the order of their names), or ATLAS as on the hub: its hub name, or a local
-    copy of its parquet files, or its `save_to_disk` folder, with one column `image`. prompts: text file, a prompt
-    a line, in row order. A row is (encoded picture, prompt).
+    source: a folder of pictures, in the natural order of their names; or ATLAS as on the hub: its hub name, a local
+    copy of its parquet files, or its `save_to_disk` folder, with a column `image`. prompts: what `read_prompts` reads;
+    None: what the folder carries itself, or the table's column of prompts. limit: only the first so many rows. A row
+    is (encoded picture, prompt). Raises UserError for what cannot be read or paired.
     """
 
-    def __init__(self, source: str, prompts: str | Path | None, cache_dir: str | None = None):
-        folder = Path(source)
-        pictures = sorted(path for path in folder.glob("*") if is_picture(path)) if folder.is_dir() else []
-        self.rows = pictures or self._open_atlas(source, cache_dir)
-        if prompts is None:
-            raise UserError("ATLAS keeps its prompts apart; give their file with --prompts")
-        self.prompts = read_prompts(prompts)
-        if len(self.rows) > len(self.prompts):
-            raise UserError(f"{len(self.rows)} textures in {source} but {len(self.prompts)} prompts in {prompts}; "
-                            "give a line for each texture")  # fmt: skip
+    def __init__(
+        self,
+        source: str,
+        prompts: str | Path | None = None,
+        cache_dir: str | None = None,
+        limit: int | None = None,
+    ):
+        self.source, self.parquet_files = Path(source), train_files(Path(source))
+        self.rows = self._open_table(source, cache_dir)
+        self.pictures = picture_files(source) if self.rows is None else None
+        self.names = self._names()
+        count = len(self.names or self.rows)
+        if prompts is None and self.pictures:
+            prompts = prompts_in_folder(self.source, self.names)
+        if prompts is not None:
+            folder = self.source if self.pictures else Path()
+            self.prompts = read_prompts(Path(prompts), self.names, count, folder, limit)
+        else:
+            self.prompts = self._prompt_column()
+        self.count = min(count, limit or count)
 
-    @staticmethod
-    def _open_atlas(source: str, cache_dir: str | None) -> datasets.Dataset:
-        folder = Path(source)
+    def _open_table(self, source: str, cache_dir: str | None) -> datasets.Dataset | None:
+        """The table that `source` is; None for a folder of pictures."""
+        if (self.source / INFO_FILE).exists():
+            raise UserError(f"{source} is a finished data set; --textures are the pictures that one is built from")
         try:
-            if (folder / "state.json").exists():
-                rows = datasets.load_from_disk(source)
-            elif folder.is_dir() or (source.count("/") == 1 and not folder.is_absolute() and not folder.exists()):
+            if (self.source / "state.json").exists():
+                rows = open_saved(self.source)
+            elif self.parquet_files:
+                rows = open_parquet(self.parquet_files, cache_dir)
+            elif self.source.is_dir() and any(map(is_picture, self.source.iterdir())):
+                return None
+            elif self.source.is_dir() or (source.count("/") == 1 and not self.source.is_absolute()):
                 rows = datasets.load_dataset(source, split="train", cache_dir=cache_dir)
             else:
                 raise FileNotFoundError("no such folder")
+        except UserError:
+            raise
         except Exception as error:  # `datasets` raises many kinds
             raise UserError(
                 f"no textures in {source} ({reason(error)}); give a folder of PNG files or a copy of ATLAS"
@@ -65,34 +68,58 @@ class HuggingFaceATLAS(Dataset):
             raise UserError(f"{source} has columns {rows.column_names}; ATLAS has 'image'")
         return rows.cast_column("image", datasets.Image(decode=False))
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def _names(self) -> list[str] | None:
+        """The textures' file names; None for a table that does not keep them, each once."""
+        if self.pictures:
+            return [path.name for path in self.pictures]
+        names = picture_paths(self.rows, "image")
+        return names if all(names) and len(set(names)) == len(names) else None
 
-    def limit(self, count: int | None) -> None:
-        """Keeps the first `count` rows; None keeps all."""
-        if count is not None and count < len(self):
-            self.rows = self.rows[:count] if isinstance(self.rows, list) else self.rows.select(range(count))
+    def _prompt_column(self) -> list[str]:
+        columns = [] if self.rows is None else self.rows.column_names
+        column = next((name for name in PROMPT_COLUMNS if name in columns), None)
+        if column is None:
+            raise UserError(f"{self.source} holds no prompts; give them with --prompts: {LAYOUTS}")
+        prompts = self.rows[column][:]
+        check_prompts(prompts, str(self.source))
+        return prompts
+
+    def __len__(self) -> int:
+        return self.count
 
     def fingerprint(self) -> str:
         """Changes with the prompts, and with the names and sizes of the files or the table they are in."""
-        if isinstance(self.rows, list):
-            rows = [(path.name, path.stat().st_size) for path in self.rows]
-        else:
-            rows = (self.rows.num_rows, self.rows.info.dataset_size, self.rows.info.size_in_bytes)
-        return fingerprint(rows, self.prompts[: len(self)])
+        files = (self.pictures or [])[: self.count] or self.parquet_files
+        state: list | tuple = [(path.name, path.stat().st_size) for path in files]
+        if not state:
+            state = (self.count, self.rows.info.dataset_size, self.rows.info.size_in_bytes)
+        return fingerprint(state, self.prompts[: self.count])
 
     def name(self, index: int) -> str:
         """What a row's texture is called in messages."""
-        return str(self.rows[index]) if isinstance(self.rows, list) else f"texture {index} ({self.prompts[index]})"
+        return str(self.pictures[index]) if self.pictures else f"texture {index} ({self.prompts[index]})"
+
+    def pair(self, index: int) -> str:
+        """A row's texture and prompt, for people to see whether they belong together."""
+        return f"{self.names[index] if self.names else f'texture {index}'}: {self.prompts[index]}"
 
     def __getitem__(self, index: int) -> tuple[bytes, str]:
-        if isinstance(self.rows, list):
-            return self._read(self.rows[index], index), self.prompts[index]
+        if self.pictures:
+            return self._read(self.pictures[index], index), self.prompts[index]
         picture = self.rows[index]["image"] or {"bytes": None, "path": None}
         return picture["bytes"] or self._read(picture["path"], index), self.prompts[index]
 
     def _read(self, path: str | Path | None, index: int) -> bytes:
+        if path is None:
+            raise UserError(f"cannot read {self.name(index)}: its row has no picture")
         try:
             return Path(path).read_bytes()
-        except (OSError, TypeError) as error:
+        except OSError as error:
             raise UserError(f"cannot read picture {self.name(index)}: {reason(error)}") from None
+
+
+def train_files(folder: Path) -> list[Path]:
+    """The parquet files in a folder, hidden ones apart; those for training, where their names say so."""
+    files = [path for path in folder.rglob("*.parquet") if not is_hidden(path.relative_to(folder))]
+    files.sort(key=lambda path: natural_order(path.relative_to(folder)))
+    return [path for path in files if "train" in str(path.relative_to(folder))] or files

@@ -39,9 +39,11 @@ def sample_view(render: Render, rig: StillRig, seed: int, texture_id: int, view:
     if rng.uniform() < render.environment:
         sampled["ambient"] = colour(0.4 * between(render.ambient))
         count = int(rng.integers(4, 9))
-        angles = zip(rng.uniform(-180, 180, count), np.degrees(np.arcsin(rng.uniform(-0.4, 1, count))))
-        share = 2.6 * between(render.key) / count
-        sampled["lights"] = [[*map(float, pair), *(share * rng.uniform(0.5, 1.5, 3)).tolist()] for pair in angles]
+        azimuths = rng.uniform(-180, 180, count).tolist()
+        elevations = np.degrees(np.arcsin(rng.uniform(-0.4, 1, count))).tolist()
+        strength = 2.6 * between(render.key) / count
+        colours = (strength * rng.uniform(0.5, 1.5, (count, 3))).tolist()
+        sampled["lights"] = [[*light, *rgb] for *light, rgb in zip(azimuths, elevations, colours)]
     else:
         sampled["ambient"] = colour(between(render.ambient))
         key = [between([-75, 75]), between([-5, 65]), *colour(between(render.key))]
@@ -134,17 +136,14 @@ def render_texture(
         vertices = rig.vertices(sampled).cpu()
         cameras = frame_bodies(vertices, sampled, width / height)
         lights = view_lights(cameras, sampled)
-        background = torch.stack([
-            make_background(
-                view["background"], np.random.default_rng([seed, texture_id, number, 1]), height, width,
-                render.background_folder,
-            )
-            for view, number in zip(sampled, numbers)
-        ])  # fmt: skip
-        cameras, lights = cameras.to(texture.device), Lights(lights.coefficients.to(texture.device))
-        pictures = render_views(
-            body, (texture[None] + 1) / 2, cameras, height, width, lights, background.to(texture.device),
-            vertices=vertices.to(texture.device),
-        )  # fmt: skip
+        backgrounds = []
+        for view, number in zip(sampled, numbers):
+            rng = np.random.default_rng([seed, texture_id, number, 1])
+            folder = render.background_folder
+            backgrounds.append(make_background(view["background"], rng, height, width, folder))
+        device = texture.device
+        cameras, lights = cameras.to(device), Lights(lights.coefficients.to(device))
+        scene = (cameras, height, width, lights, torch.stack(backgrounds).to(device))
+        pictures = render_views(body, (texture[None] + 1) / 2, *scene, vertices=vertices.to(device))
         rendered.extend(zip(pictures * 2 - 1, sampled))
     return rendered

@@ -53,9 +53,11 @@ class DecodesThreeTimes(Dataset):
     """A row as the seed's loader reads it: each column's access decodes both pictures of the row."""
 
     def __init__(self, root: Path, resolution: int, image_size: int):
-        textures = datasets.load_dataset("parquet", data_files=str(root / "textures/*.parquet"), split="train")
-        self.renders = datasets.load_dataset("parquet", data_files=str(root / "renders/*.parquet"), split="train")
-        self.textures, self.resolution, self.image_size = textures, resolution, image_size
+        self.textures, self.renders = (
+            datasets.load_dataset("parquet", data_files=str(root / name / "*.parquet"), split="train")
+            for name in ("textures", "renders")
+        )
+        self.resolution, self.image_size = resolution, image_size
 
     def __len__(self):
         return len(self.renders)
@@ -79,9 +81,9 @@ def peak_megabytes(command: list[str]) -> float:
     process, peak = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 0
     while process.poll() is None:
         held = 0
-        for part in [process, *process.children(recursive=True)]:
+        for member in [process, *process.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):  # it has ended
-                held += part.memory_full_info().pss
+                held += member.memory_full_info().pss
         peak = max(peak, held)
         time.sleep(0.1)
     if process.returncode:
@@ -130,9 +132,8 @@ def jpeg_cost(folder: Path) -> tuple[float, bool]:
 
 def read_speeds(root: Path, cache_dir: str, rows: int) -> dict[str, float]:
     """Rows a second with 2 workers, each in its training order, each loader in turn three times; medians."""
-    loaders = {
-        "ours": ATLASLarge(root, True, 512, 224, cache_dir), "three times": DecodesThreeTimes(root, 512, 224)
-    }  # fmt: skip
+    ours, three_times = ATLASLarge(root, True, 512, 224, cache_dir), DecodesThreeTimes(root, 512, 224)
+    loaders = {"ours": ours, "three times": three_times}
     speeds = {name: [] for name in loaders}
     for repetition in range(3):
         for name, dataset in loaders.items():
@@ -170,15 +171,18 @@ def main():
         speeds = read_speeds(root, str(Path(work) / "cache"), 160)
         print(f"read         {speeds['ours']:8.1f} rows/s, decoding three times {speeds['three times']:.1f} rows/s")
         result = {
-            "rows_per_second": round(rows_per_second, 1), "mb_per_row": round(megabytes, 3),
-            "lowest_psnr": round(psnr, 1), "textures_bit_exact": exact,
+            "rows_per_second": round(rows_per_second, 1),
+            "mb_per_row": round(megabytes, 3),
+            "lowest_psnr": round(psnr, 1),
+            "textures_bit_exact": exact,
             "read_speedup_vs_seed": round(speeds["ours"] / speeds["three times"], 2),
-        }  # fmt: skip
+        }
         if not args.skip_memory:
             for count in (50, 500):
-                command = [sys.executable, __file__, str(args.folder), "--memory-run", str(count)]
-                result[f"mb_building_{count}"] = round(peak_megabytes([*command, "--out", f"{work}/memory-{count}"]))
-                print(f"memory       {result[f'mb_building_{count}']:8} MB at the most, {count} textures")
+                out = ["--out", f"{work}/memory-{count}"]
+                peak = peak_megabytes([sys.executable, __file__, str(args.folder), "--memory-run", str(count), *out])
+                result[f"mb_building_{count}"] = round(peak)
+                print(f"memory       {peak:8.0f} MB at the most, {count} textures")
         print(json.dumps(result))
 
 

@@ -59,18 +59,20 @@ def main():
         base.unet.compile(dynamic=False)
         plain.unet.compile(dynamic=False)
     side = trained.cfg.data.resolution or base.native_resolution
+    precision = resolve_precision(trained.cfg.training.mixed_precision, device)
+    steps, guidance_scale = settings.num_inference_steps, settings.guidance_scale
+    sampling = dict(num_inference_steps=steps, guidance_scale=guidance_scale, height=side, width=side)
 
     for rows in (1, 8):
 
         def ours(rows=rows):
-            with torch.no_grad(), autocast(device, resolve_precision(trained.cfg.training.mixed_precision, device)):
+            with torch.no_grad(), autocast(device, precision):
                 states = prompt_condition(trained, PROMPT).expand(rows, -1, -1)
-                return generate(trained, states, settings.negative_prompt, list(range(rows)),
-                                settings.num_inference_steps, settings.guidance_scale)  # fmt: skip
+                seeds = list(range(rows))
+                return generate(trained, states, settings.negative_prompt, seeds, steps, guidance_scale)
 
         def theirs(rows=rows):
-            plain([PROMPT] * rows, num_inference_steps=settings.num_inference_steps, height=side, width=side,
-                  guidance_scale=settings.guidance_scale, output_type="pt")  # fmt: skip
+            plain([PROMPT] * rows, output_type="pt", **sampling)
 
         ours(), theirs()
         pairs = [(seconds(ours, device), seconds(theirs, device)) for _ in range(args.rounds)]

@@ -67,9 +67,8 @@ def main():
     args = parser.parse_args()
     keep_freed_memory()
     body = load_body("anny")
-    cameras = orbit_cameras(
-        body, torch.tensor([30.0]), torch.tensor([5.0]), torch.tensor([30.0]), aspect=WIDTH / HEIGHT
-    )
+    azimuth, elevation, fov = torch.tensor([30.0]), torch.tensor([5.0]), torch.tensor([30.0])
+    cameras = orbit_cameras(body, azimuth, elevation, fov, aspect=WIDTH / HEIGHT)
     texture, background = torch.rand(1, 3, 1024, 1024), torch.ones(1, 3)
     fragments = rasterize(body.vertices, body.faces, cameras, HEIGHT, WIDTH, back_faces=False)
     variants = {
@@ -79,31 +78,29 @@ def main():
         "rasterised and shaded": lambda: render_views(body, texture, cameras, HEIGHT, WIDTH, supersample=1),
         "the same, 4 samples a pixel": lambda: render_views(body, texture, cameras, HEIGHT, WIDTH, supersample=2),
     }
-    found = medians(variants, args.repetitions)
+    milliseconds_of = medians(variants, args.repetitions)
     covered = len(fragments.pixel) / HEIGHT / WIDTH
     print(f"Anny, {WIDTH}x{HEIGHT}, {covered:.0%} covered, {torch.get_num_threads()} threads")
-    for name, milliseconds in found.items():
+    for name, milliseconds in milliseconds_of.items():
         print(f"{name:<30}{milliseconds:8.1f} ms {1000 / milliseconds:8.1f} frames/s")
-    frame = found["rasterised and shaded"]
+    frame = milliseconds_of["rasterised and shaded"]
     result = {
-        "speedup_vs_embree": round(found["Embree, primary rays"] / frame, 2),
+        "speedup_vs_embree": round(milliseconds_of["Embree, primary rays"] / frame, 2),
         "frames_per_second": round(1000 / frame, 1),
-        "frames_per_second_antialiased": round(1000 / found["the same, 4 samples a pixel"], 1), "device": "cpu",
-    }  # fmt: skip
+        "frames_per_second_antialiased": round(1000 / milliseconds_of["the same, 4 samples a pixel"], 1),
+        "device": "cpu",
+    }
     if torch.cuda.is_available():
         views = 16
-        many = orbit_cameras(
-            body,
-            torch.arange(views) * 22.5,
-            torch.full((views,), 5.0),
-            torch.full((views,), 30.0),
-            aspect=WIDTH / HEIGHT,
-        ).to("cuda")
-        there, texture = body.to("cuda"), texture.cuda()
-        on_cuda = medians({
-            "raster": lambda: rasterize(there.vertices, there.faces, many, HEIGHT, WIDTH, back_faces=False),
-            "all": lambda: render_views(there, texture, many, HEIGHT, WIDTH, supersample=1),
-        }, args.repetitions)  # fmt: skip
+        azimuth, elevation, fov = torch.arange(views) * 22.5, torch.full((views,), 5.0), torch.full((views,), 30.0)
+        cuda_cameras = orbit_cameras(body, azimuth, elevation, fov, aspect=WIDTH / HEIGHT).to("cuda")
+        cuda_body, cuda_texture = body.to("cuda"), texture.cuda()
+        mesh = (cuda_body.vertices, cuda_body.faces)
+        cuda_variants = {
+            "raster": lambda: rasterize(*mesh, cuda_cameras, HEIGHT, WIDTH, back_faces=False),
+            "all": lambda: render_views(cuda_body, cuda_texture, cuda_cameras, HEIGHT, WIDTH, supersample=1),
+        }
+        on_cuda = medians(cuda_variants, args.repetitions)
         result["cuda_frames_per_second"] = round(1000 * views / on_cuda["all"], 1)
         result["cuda_raster_share"] = round(on_cuda["raster"] / on_cuda["all"], 2)
         print(f"{torch.cuda.get_device_name()}, batch {views}: {result['cuda_frames_per_second']} frames/s")

@@ -52,13 +52,13 @@ def make_sd15_shape(folder: Path) -> Path:
     """Stable Diffusion 1.5 and CLIP ViT-L/14 with random weights, in half precision, and the embedded tokenizer."""
     tokenizer = load_base("embedded/base").tokenizer
     tokenizer.save_pretrained(folder / "tokenizer")
-    parts = {
+    modules = {
         "unet": UNet2DConditionModel(sample_size=64, **UNETS["SD 1.5"]),
         "vae": AutoencoderKL(sample_size=512, **VAE),
         "text_encoder": CLIPTextModel(CLIPTextConfig(**{**TEXT["SD 1.5"].to_dict(), "vocab_size": len(tokenizer)})),
         "image_encoder": CLIPVisionModel(VISION["SD 1.5"]),
     }
-    for name, module in parts.items():
+    for name, module in modules.items():
         module.half().save_pretrained(folder / name)
     CLIPImageProcessorPil().save_pretrained(folder / "feature_extractor")
     DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).save_pretrained(
@@ -145,10 +145,9 @@ def medians(variants: dict, steps: int, device: torch.device) -> tuple[dict[str,
 def seconds_to_first_step(settings: list[str]) -> float:
     """From the command to the end of the first optimiser step of a run of its own."""
     began = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, str(PROJECT_ROOT / "joint.py"), *(f"--{setting}" for setting in settings)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    command = [sys.executable, str(PROJECT_ROOT / "joint.py"), *(f"--{setting}" for setting in settings)]
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, **pipes, start_new_session=True)
     text, seconds = "", None
     while seconds is None and (character := process.stderr.read(1)):
         text += character
@@ -186,16 +185,23 @@ def main():
 
     with exit_on_user_error(), tempfile.TemporaryDirectory() as work:
         settings = [
-            f"data.cache_dir={work}/cache", f"output.log_dir={work}/logs", f"output.out_dir={work}/checkpoints",
-            "data.dataset=procedural:48", "data.views_per_texture=2", "data.validation_textures=0",
+            f"data.cache_dir={work}/cache",
+            f"output.log_dir={work}/logs",
+            f"output.out_dir={work}/checkpoints",
+            "data.dataset=procedural:48",
+            "data.views_per_texture=2",
+            "data.validation_textures=0",
             "training.joint.gamma=0",
-        ]  # fmt: skip
+        ]
         if architecture == "sd15":
             base = make_sd15_shape(Path(work, "base"))
             settings += [
-                f"model.pretrained_model={base}", "data.resolution=512", "model.aligner.layers=3",
-                "model.aligner.heads=12", "model.lora.target_modules=[to_q, to_k, to_v, to_out.0]",
-            ]  # fmt: skip
+                f"model.pretrained_model={base}",
+                "data.resolution=512",
+                "model.aligner.layers=3",
+                "model.aligner.heads=12",
+                "model.lora.target_modules=[to_q, to_k, to_v, to_out.0]",
+            ]
 
         def open_run(batch_size: int, *overrides: str) -> Run:
             batch = [f"training.joint.{key}={batch_size}" for key in ("batch_size", "effective_batch_size")]
@@ -209,20 +215,21 @@ def main():
         }
         seconds, peaks = medians(variants, args.steps, device)
         speed = {name: 2 * args.batch_size / value for name, value in seconds.items()}  # both conditions of a row
-        print(f"{architecture}, batch {args.batch_size}, {device}, {torch.get_num_threads()} threads, "
-              f"autocast {variants['ours, paired'].run.precision or 'off'}")  # fmt: skip
-        for name in variants:
-            memory = f"{peaks[name]:8.1f} GB" if device.type == "cuda" else ""
-            print(f"{name:<24}{seconds[name] * 1000:8.0f} ms {speed[name]:8.1f} samples/s "
-                  f"{speed[name] / speed['seed']:6.2f} times the seed's{memory}")  # fmt: skip
-        best = max(OURS, key=speed.get)
         paired = variants["ours, paired"]
+        threads, precision = torch.get_num_threads(), paired.run.precision or "off"
+        print(f"{architecture}, batch {args.batch_size}, {device}, {threads} threads, autocast {precision}")
+        for name in variants:
+            milliseconds, speedup = 1000 * seconds[name], speed[name] / speed["seed"]
+            memory = f"{peaks[name]:8.1f} GB" if device.type == "cuda" else ""
+            rates = f"{milliseconds:8.0f} ms {speed[name]:8.1f} samples/s {speedup:6.2f} times the seed's"
+            print(f"{name:<24}{rates}{memory}")
+        best = max(OURS, key=speed.get)
         result = {
             "speedup_vs_seed": round(speed[best] / speed["seed"], 2),
             "speedup_vs_diffusers": round(speed[best] / speed["diffusers"], 2),
             "paired_vs_seed": round(speed["ours, paired"] / speed["seed"], 2),
             "overhead": round(overhead(paired, seconds["ours, paired"], device), 4),
-        }  # fmt: skip
+        }
         with FlopCounterMode(display=False) as counter:
             paired.step()
         result["tflop_per_step"] = round(counter.get_total_flops() / 1e12, 3)
@@ -231,8 +238,10 @@ def main():
             result["mfu"] = round(reached / peak_flops(device), 3) if peak_flops(device) else None
         for batch_size in args.batch_sizes:
             one = {"paired": Ours(open_run(batch_size, *OURS["ours, paired"]))}
-            (value,), (peak,) = (part.values() for part in medians(one, args.steps, device))
-            print(f"ours, paired, batch {batch_size:<4}{2 * batch_size / value:8.1f} samples/s {peak:6.1f} GB")
+            step_seconds, peak_gb = medians(one, args.steps, device)
+            samples_per_second = 2 * batch_size / step_seconds["paired"]
+            peak = f"{peak_gb['paired']:6.1f} GB"
+            print(f"ours, paired, batch {batch_size:<4}{samples_per_second:8.1f} samples/s {peak}")
         del variants, paired
         result["seconds_to_first_step"] = round(seconds_to_first_step([*settings, "training.joint.max_steps=100"]), 1)
         result["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -19,24 +19,30 @@ UNETS = {
     "SD 2.1": dict(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True),
 }
 VAE = dict(
-    block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-    down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-)  # fmt: skip
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+    latent_channels=4,
+    down_block_types=["DownEncoderBlock2D"] * 4,
+    up_block_types=["UpDecoderBlock2D"] * 4,
+)
 TEXT = {
     "SD 1.5": CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
     "SD 2.1": CLIPTextConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16),
 }
+PATCHES = dict(image_size=224, patch_size=14, num_attention_heads=16)
 VISION = {
-    "SD 1.5": CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224,
-        patch_size=14,
-    ),
-    "SD 2.1": CLIPVisionConfig(
-        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, image_size=224,
-        patch_size=14,
-    ),
-}  # fmt: skip
+    "SD 1.5": CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, **PATCHES),
+    "SD 2.1": CLIPVisionConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, **PATCHES),
+}
 PEAK, REACHED = 989, 0.4  # TFLOP a second of an H100 in bf16, and the share of it that is assumed
+
+ARITHMETIC_HEADER = """\
+| base, pixels | UNet forward | LoRA step | with checkpointing | VAE encoder | CLIP vision | text encoder |
+| --- | --- | --- | --- | --- | --- | --- |"""
+MEMORY_HEADER = """
+| base, pixels | weights GB | kept a row GB | with checkpointing GB | the seed's TFLOP a row | ours | \
+rows a second on one H100 at 40 % |
+| --- | --- | --- | --- | --- | --- | --- |"""
 
 
 def tflop(action) -> float:
@@ -85,7 +91,7 @@ def meta(make):
 
 
 def count(name: str, resolution: int) -> dict[str, float]:
-    """TFLOP of each part for one picture or prompt, GB that a row's backward keeps, parameters."""
+    """TFLOP of each module for one picture or prompt, GB that a row's backward keeps, parameters."""
     unet = meta(lambda: UNet2DConditionModel(sample_size=resolution // 8, **UNETS[name]))
     vae = meta(lambda: AutoencoderKL(**VAE))
     text, vision = meta(lambda: CLIPTextModel(TEXT[name])), meta(lambda: CLIPVisionModel(VISION[name]))
@@ -97,39 +103,39 @@ def count(name: str, resolution: int) -> dict[str, float]:
     side = resolution // 8
     latents, states = tensor(1, 4, side, side), tensor(1, 77, UNETS[name]["cross_attention_dim"])
 
-    def step():
-        unet(latents, torch.zeros(1, device="meta"), states).sample.sum().backward()
+    def forward():
+        return unet(latents, torch.zeros(1, device="meta"), states).sample
 
-    found = {"forward": tflop(lambda: unet(latents, torch.zeros(1, device="meta"), states))}
-    found["step"], found["kept"] = tflop(step), kept_bytes(step, unet) / 1e9
+    def step():
+        forward().sum().backward()
+
+    counts = {"forward": tflop(forward), "step": tflop(step), "kept": kept_bytes(step, unet) / 1e9}
     unet.enable_gradient_checkpointing()
     unet.train()
-    found["checkpointed"], found["kept_checkpointed"] = tflop(step), kept_bytes(step, unet) / 1e9
+    counts |= {"checkpointed": tflop(step), "kept_checkpointed": kept_bytes(step, unet) / 1e9}
     with torch.no_grad():
-        found["vae"] = tflop(lambda: vae.encode(tensor(1, 3, resolution, resolution)))
-        found["clip"] = tflop(lambda: vision(tensor(1, 3, 224, 224)))
-        found["text"] = tflop(lambda: text(torch.zeros(1, 77, dtype=torch.long, device="meta")))
-    found["lora"] = sum(p.numel() for n, p in unet.named_parameters() if "lora_" in n) / 1e6
+        counts["vae"] = tflop(lambda: vae.encode(tensor(1, 3, resolution, resolution)))
+        counts["clip"] = tflop(lambda: vision(tensor(1, 3, 224, 224)))
+        counts["text"] = tflop(lambda: text(torch.zeros(1, 77, dtype=torch.long, device="meta")))
+    counts["lora"] = sum(p.numel() for name, p in unet.named_parameters() if "lora_" in name) / 1e6
     modules = (unet, vae, text, vision)
-    found["frozen"] = sum(p.numel() for module in modules for p in module.parameters()) * 2 / 1e9
-    return found
+    counts["frozen"] = sum(p.numel() for module in modules for p in module.parameters()) * 2 / 1e9
+    return counts
 
 
 def main():
     rows = {(name, resolution): count(name, resolution) for name in UNETS for resolution in (512, 1024)}
-    print("| base, pixels | UNet forward | LoRA step | with checkpointing | VAE encoder | CLIP vision | text encoder |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print(ARITHMETIC_HEADER)
     for (name, resolution), row in rows.items():
-        parts = (row[key] for key in ("forward", "step", "checkpointed", "vae", "clip", "text"))
-        print(f"| {name}, {resolution} | " + " | ".join(f"{part:.3g}" for part in parts) + " |")
-    print("\n| base, pixels | weights GB | kept a row GB | with checkpointing GB | the seed's TFLOP a row | ours | "
-          "rows a second on one H100 at 40 % |")  # fmt: skip
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+        counts = [row[key] for key in ("forward", "step", "checkpointed", "vae", "clip", "text")]
+        print(f"| {name}, {resolution} | " + " | ".join(f"{tflops:.3g}" for tflops in counts) + " |")
+    print(MEMORY_HEADER)
     for (name, resolution), row in rows.items():
         seed = 2 * row["checkpointed"] + row["vae"] + row["clip"] + row["text"]
         ours = 2 * row["step"]
-        print(f"| {name}, {resolution} | {row['frozen']:.2f} | {row['kept']:.2f} | {row['kept_checkpointed']:.2f} | "
-              f"{seed:.2f} | {ours:.2f} | {REACHED * PEAK / ours:.0f} |")  # fmt: skip
+        counts = [row["frozen"], row["kept"], row["kept_checkpointed"], seed, ours]
+        cells = " | ".join(f"{value:.2f}" for value in counts)
+        print(f"| {name}, {resolution} | {cells} | {REACHED * PEAK / ours:.0f} |")
 
 
 if __name__ == "__main__":

@@ -29,14 +29,13 @@ def run(*command: str) -> str:
 
 def train_and_measure(task: str, steps: int, limit: int, overrides: list[str]) -> dict:
     out_dir, began = OUT / f"{task}-{steps}", time.perf_counter()
-    run(
-        f"{task}.py", f"--training.{task}.max_steps={steps}", f"--output.out_dir={out_dir}",
-        f"--output.log_dir={out_dir / 'logs'}", f"--output.save_every={steps}", f"--output.sample_every={steps}",
-        *overrides,
-    )  # fmt: skip
+    folders = (f"--output.out_dir={out_dir}", f"--output.log_dir={out_dir / 'logs'}")
+    once = (f"--output.save_every={steps}", f"--output.sample_every={steps}")
+    run(f"{task}.py", f"--training.{task}.max_steps={steps}", *folders, *once, *overrides)
     seconds = time.perf_counter() - began
-    found = json.loads(run("evaluate.py", f"--output.out_dir={out_dir}", f"--limit={limit}").splitlines()[-1])
-    return {"task": task, "steps": steps, "seconds": round(seconds), **found}
+    printed = run("evaluate.py", f"--output.out_dir={out_dir}", f"--limit={limit}")
+    measures = json.loads(printed.splitlines()[-1])
+    return {"task": task, "steps": steps, "seconds": round(seconds), **measures}
 
 
 def main():
@@ -47,12 +46,12 @@ def main():
     runs = [("joint", args.steps)]
     runs += [(task, steps) for task in ("t2uv", "i2uv") for steps in (2 * args.steps, args.steps)]
     rows = [train_and_measure(task, steps, args.limit, overrides) for task, steps in runs]
-    names = " / ".join(REGIONS)
-    print(f"\n| run | steps | seconds | T2UV {names} | pattern | length | I2UV {names} | PSNR |\n|" + " --- |" * 8)
+    regions = " / ".join(REGIONS)
+    print(f"\n| run | steps | seconds | T2UV {regions} | pattern | length | I2UV {regions} | PSNR |\n|" + " --- |" * 8)
     for row in rows:
         cells = [row["task"], row["steps"], row["seconds"]]
-        for task, names in (("t2uv", ("color", "pattern", "length")), ("i2uv", ("color", "psnr"))):
-            for name in names:
+        for task, measures in (("t2uv", ("color", "pattern", "length")), ("i2uv", ("color", "psnr"))):
+            for name in measures:
                 measured = task in row and row["task"] in ("joint", task)
                 value = row[task][name] if measured else "-"
                 if isinstance(value, dict):

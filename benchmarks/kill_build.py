@@ -70,7 +70,7 @@ def main():
         for copy in range(COPIES):
             for picture in pictures:
                 (textures / f"{copy}-{picture.name}").symlink_to(picture.resolve())
-        lines = prompts.read_text().splitlines()[: len(pictures)]
+        lines = prompts.read_text(encoding="utf-8").splitlines()[: len(pictures)]
         (textures / "prompts.txt").write_text("\n".join(lines * COPIES) + "\n")
         starter = Path(work) / "build.py"
         starter.write_text(
@@ -81,9 +81,10 @@ def main():
             "if __name__ == '__main__':\n"
             "    main()\n"
         )
-        command = [sys.executable, str(starter), "--textures", str(textures), "--prompts",
-                   str(textures / "prompts.txt"), "--body", f"obj:{args.folder / 'smpl_uv.obj'}",
-                   "--views", str(VIEWS), "--height", "512", "--width", "384", "--workers", "1", "--out"]  # fmt: skip
+        sources = ["--textures", str(textures), "--prompts", str(textures / "prompts.txt")]
+        body = ["--body", f"obj:{args.folder / 'smpl_uv.obj'}"]
+        options = ["--views", str(VIEWS), "--height", "512", "--width", "384", "--workers", "1"]
+        command = [sys.executable, str(starter), *sources, *body, *options, "--out"]
         took = run([*command, f"{work}/whole"])
         print(f"undisturbed: {took:.0f} s of rendering")
         kills, shards, last = 0, [], -(-len(pictures) * COPIES // 4)
@@ -100,10 +101,12 @@ def main():
             run([*command, f"{work}/two"], RANK=rank, WORLD_SIZE="2")
         whole = contents(Path(work) / "whole")
         result = {
-            "kills": kills, "between_shards": sum(0 < count < last for count in shards),
-            "files": len(whole), "identical_after_kills": contents(Path(work) / "killed") == whole,
+            "kills": kills,
+            "between_shards": sum(0 < count < last for count in shards),
+            "files": len(whole),
+            "identical_after_kills": contents(Path(work) / "killed") == whole,
             "identical_for_two_processes": contents(Path(work) / "two") == whole,
-        }  # fmt: skip
+        }
     print(json.dumps(result))
 
 

@@ -22,11 +22,19 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, STOPPED = 40, 75
 SETTINGS = (
-    "--data.dataset=procedural:6", "--data.views_per_texture=2", "--training.joint.batch_size=2",
-    "--training.joint.effective_batch_size=4", f"--training.joint.max_steps={STEPS}", "--output.save_every=2",
-    "--output.sample_every=100000", "--output.keep_last=2", "--model.lora.dropout=0.1",
-    "--training.ema_decay=0.9", "--data.validation_textures=1", "--output.validate_every=10",
-)  # fmt: skip
+    "--data.dataset=procedural:6",
+    "--data.views_per_texture=2",
+    "--data.validation_textures=1",
+    "--model.lora.dropout=0.1",
+    "--training.ema_decay=0.9",
+    "--training.joint.batch_size=2",
+    "--training.joint.effective_batch_size=4",
+    f"--training.joint.max_steps={STEPS}",
+    "--output.save_every=2",
+    "--output.sample_every=100000",
+    "--output.keep_last=2",
+    "--output.validate_every=10",
+)
 
 
 def run(
@@ -36,13 +44,14 @@ def run(
 
     while_saving: and not before a checkpoint is being written.
     """
-    command = [sys.executable, str(ROOT / "joint.py"), "--resume", "auto", *SETTINGS, f"--output.out_dir={work}/{name}",
-               f"--output.log_dir={work}/logs", f"--data.cache_dir={work}/cache"]  # fmt: skip
+    out_dir = Path(work, name)
+    folders = (f"--output.out_dir={out_dir}", f"--output.log_dir={work}/logs", f"--data.cache_dir={work}/cache")
+    command = [sys.executable, str(ROOT / "joint.py"), "--resume", "auto", *SETTINGS, *folders]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     try:
         _, error = process.communicate(timeout=after)
     except subprocess.TimeoutExpired:
-        while while_saving and process.poll() is None and not list(Path(work, name, "joint").glob(".step-*.partial")):
+        while while_saving and process.poll() is None and not half_saved(out_dir):
             time.sleep(0.0005)
         if process.poll() is None:
             os.killpg(process.pid, number)
@@ -50,6 +59,11 @@ def run(
     if process.returncode not in (0, STOPPED, -signal.SIGKILL, -signal.SIGTERM):
         raise SystemExit(error.decode())
     return process.returncode
+
+
+def half_saved(out_dir: Path) -> list[Path]:
+    """Checkpoints that are being written, or were when their process was killed."""
+    return list((out_dir / "joint").glob(".step-*.partial"))
 
 
 def equal(first, second) -> bool:
@@ -75,7 +89,7 @@ def main():
         while kills < args.kills:
             number, while_saving = signal.SIGTERM if kills % 4 == 3 else signal.SIGKILL, kills % 4 == 1
             statuses.append(run(work, "killed", moments.uniform(0.35, 0.55) * took, number, while_saving))
-            torn += while_saving and bool(list(Path(work, "killed", "joint").glob(".step-*.partial")))
+            torn += while_saving and bool(half_saved(Path(work, "killed")))
             kills += statuses[-1] != 0
             saved = sorted(Path(work, "killed", "joint").glob("step-*"))
             print(f"{kills:>3} status {statuses[-1]:>4} {saved[-1].name if saved else 'nothing saved'}", flush=True)
@@ -89,8 +103,8 @@ def main():
             equal(*(load_file(folder / name) for folder in ends))
             for name in ("pytorch_lora_weights.safetensors", "aligner.safetensors")
         )
-        result = {"kills": kills, "saved_on_sigterm": statuses.count(STOPPED), "while_saving": torn,
-                  "identical": identical}  # fmt: skip
+        saved_on_sigterm = statuses.count(STOPPED)
+    result = {"kills": kills, "saved_on_sigterm": saved_on_sigterm, "while_saving": torn, "identical": identical}
     print(json.dumps(result))
 
 

@@ -18,7 +18,6 @@ import torch
 from evaluation.procedural import (
     Tally,
     colour_right,
-    condition,
     held_out_paintings,
     score_pixels,
     textures_from,
@@ -26,6 +25,7 @@ from evaluation.procedural import (
 )
 from lora_utils import merge_lora
 from models.checkpoints import EMBEDDED_CHECKPOINT, load_checkpoint
+from models.generation import condition
 
 
 @torch.no_grad()
@@ -33,13 +33,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=EMBEDDED_CHECKPOINT)
     parser.add_argument("--limit", type=int, default=64, help="pictures (default: %(default)s)")
-    parser.add_argument(
-        "--sizes", nargs="+", default=["null", "192", "256", "384"], help="null: the encoder's own square"
-    )
+    sizes = ["null", "192", "256", "384"]
+    parser.add_argument("--sizes", nargs="+", default=sizes, help="null: the encoder's own square")
     args = parser.parse_args()
     truths = held_out_paintings(args.limit)
     views = [view_of(painting, index) for index, (_, painting) in enumerate(truths)]
-    found = {}
+    measures = {}
     for size in args.sizes:
         trained, tally = load_checkpoint(args.checkpoint, [f"model.image_size={size}"]), Tally()
         merge_lora(trained.base)
@@ -47,9 +46,9 @@ def main():
         for (outfit, painting), (_, seen), texture in zip(truths, views, textures_from(trained, states, "i2uv")):
             colour_right(tally, "i2uv", outfit, painting, texture)
             score_pixels(tally, painting, seen, texture)
-        found[size] = tally.nested()["i2uv"]
-        print(size, json.dumps(found[size]), flush=True)
-    print(json.dumps(found))
+        measures[size] = tally.nested()["i2uv"]
+        print(size, json.dumps(measures[size]), flush=True)
+    print(json.dumps(measures))
 
 
 if __name__ == "__main__":

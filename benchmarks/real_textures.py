@@ -64,16 +64,24 @@ def main():
         source = HuggingFaceATLAS(str(args.folder / "real_textures"), args.folder / "real_textures" / "prompts.txt")
         render = Render(full_body=1, fill=[0.9, 0.95], tint=0, environment=0, backgrounds=STUDIO)
         dataset = build_dataset(source, body_spec, VIEWS, work / "data", HEIGHT, WIDTH, SEED, render)
-        cfg = load_config(DEFAULT_CONFIG, [
-            f"data.dataset={dataset}", f"data.body={body_spec}", f"data.cache_dir={work / 'cache'}",
-            f"output.out_dir={work / 'checkpoints'}", f"output.log_dir={work / 'logs'}", "output.sample_every=1000000",
-            "output.save_every=1000000", "data.validation_textures=0",
-            f"training.seed={SEED}", f"training.joint.max_steps={args.steps}",
-            "training.joint.batch_size=7", "training.joint.effective_batch_size=7",
-            "training.joint.learning_rate=3e-3", "training.joint.aligner_learning_rate=5e-4",
+        settings = [
+            f"data.dataset={dataset}",
+            f"data.body={body_spec}",
+            f"data.cache_dir={work / 'cache'}",
+            "data.validation_textures=0",
+            f"output.out_dir={work / 'checkpoints'}",
+            f"output.log_dir={work / 'logs'}",
+            "output.sample_every=1000000",
+            "output.save_every=1000000",
+            f"training.seed={SEED}",
+            f"training.joint.max_steps={args.steps}",
+            "training.joint.batch_size=7",
+            "training.joint.effective_batch_size=7",
+            "training.joint.learning_rate=3e-3",
+            "training.joint.aligner_learning_rate=5e-4",
             "training.joint.gamma=20",  # few renders: what a picture says is learned from its prompt
-            *dotted_overrides(unknown),
-        ])  # fmt: skip
+        ]
+        cfg = load_config(DEFAULT_CONFIG, [*settings, *dotted_overrides(unknown)])
         trained = load_checkpoint(train(cfg, "joint"))
         device = trained.base.device
         rig = load_rig(body_spec)
@@ -86,34 +94,36 @@ def main():
             pixels = texture_pixels(texture, 1024)
             picture, _ = render_texture(rig, pixels, render, SEED, row, [VIEWS], HEIGHT, WIDTH)[0]  # the next view
             views.append(image_from_pixels(picture))
-        generated = {}
+        generated, inference = {}, cfg.inference
+        seeds, steps = [SEED] * len(source), inference.num_inference_steps
         with torch.no_grad(), autocast(device, resolve_precision(cfg.training.mixed_precision, device)):
-            for name, states in (
-                ("text", [condition(trained, prompt, None, 0) for prompt in prompts]),
-                ("image", [condition(trained, None, view, 1) for view in views]),
-            ):
-                generated[name] = generate(
-                    trained, torch.cat(states), cfg.inference.negative_prompt, [SEED] * len(source),
-                    cfg.inference.num_inference_steps, cfg.inference.guidance_scale,
-                ).cpu()  # fmt: skip
+            states_of = {
+                "text": torch.cat([condition(trained, prompt, None, 0) for prompt in prompts]),
+                "image": torch.cat([condition(trained, None, view, 1) for view in views]),
+            }
+            for name, states in states_of.items():
+                pixel_values = generate(
+                    trained, states, inference.negative_prompt, seeds, steps, inference.guidance_scale
+                )
+                generated[name] = pixel_values.cpu()
         seconds = time.perf_counter() - began
 
-    found = {name: nearest(pictures, real, mask) for name, pictures in generated.items()}
+    nearest_to = {name: nearest(pictures, real, mask) for name, pictures in generated.items()}
+    (text, text_error), (image, image_error) = nearest_to["text"], nearest_to["image"]
     print(f"{'texture':<9}{'by text':<9}{'error':<9}{'by image':<10}{'error':<9}prompt")
     for row, prompt in enumerate(prompts):
-        (text, text_error), (image, image_error) = found["text"], found["image"]
-        print(
-            f"{row:<9}{text[row]:<9}{text_error[row, row]:<9.4f}{image[row]:<10}{image_error[row, row]:<9.4f}{prompt}"
-        )
+        by_text = f"{text[row]:<9}{text_error[row, row]:<9.4f}"
+        by_image = f"{image[row]:<10}{image_error[row, row]:<9.4f}"
+        print(f"{row:<9}{by_text}{by_image}{prompt}")
     if args.keep:
         full = torch.stack([texture_pixels(texture, generated["text"].shape[-1]) for texture in textures])
         rows = [full, generated["text"], generated["image"]]
         image_from_pixels(torch.cat([torch.cat([*row], dim=-1) for row in rows], dim=-2)).save(work / "textures.png")
     else:
         shutil.rmtree(work)
-    hits = {
-        f"{name}_hits": sum(index == row for row, index in enumerate(indices)) for name, (indices, _) in found.items()
-    }
+    hits = {}
+    for name, (indices, _) in nearest_to.items():
+        hits[f"{name}_hits"] = sum(index == row for row, index in enumerate(indices))
     print(json.dumps({**hits, "textures": len(source), "seconds": round(seconds)}))
 
 

@@ -44,10 +44,11 @@ def main():
         after = fill_outside(fix_seams(body, before), mask)
         seconds = time.perf_counter() - began
         changed = (after - before)[:, mask & is_far].square().mean()
-        rows.append((seam_error(body, before), seam_error(body, after), float("inf") if changed == 0 else
-                     float(-10 * changed.log10()), seconds))  # fmt: skip
-        print("seam error {:.2f} -> {:.2f}, PSNR of texels farther than {reach}: {:.1f} dB, {:.1f} s".format(
-            *rows[-1], reach=REACH))  # fmt: skip
+        psnr = float(-10 * changed.log10())  # infinite where nothing changed
+        errors = seam_error(body, before), seam_error(body, after)
+        rows.append((*errors, psnr, seconds))
+        jumps = "seam error {:.2f} -> {:.2f}".format(*errors)
+        print(f"{jumps}, PSNR of texels farther than {REACH}: {psnr:.1f} dB, {seconds:.1f} s")
     names = ("seam_error_before", "seam_error_after", "psnr_inside", "seconds")
     print(json.dumps({name: statistics.median(values) for name, values in zip(names, zip(*rows))}))
 

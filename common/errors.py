@@ -1,6 +1,7 @@
-"""What a user can mend: one line on stderr and exit status 2."""
+"""What a user can mend, or has asked for: one line on stderr and an exit status, 2 or 75."""
 
 import contextlib
+import signal
 import sys
 
 INCOMPLETE = 3  # exit status of a command that left out what it could not read, and did everything else
@@ -19,6 +20,20 @@ def exit_on_user_error():
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def exit_when_stopped(advice: str):
+    """Turns Ctrl-C and SIGTERM into one line on stderr, which ends with the advice, and exit status STOPPED; what runs
+    inside meets both as KeyboardInterrupt and cleans up. For the main thread."""
+    earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"stopped; {advice}", file=sys.stderr)
+        sys.exit(STOPPED)
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def reason(error: BaseException) -> str:

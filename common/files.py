@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -26,6 +27,17 @@ def content_hash(*contents: bytes) -> str:
     return digest.hexdigest()
 
 
+def is_hidden(path: Path) -> bool:
+    """Whether the path or a folder in it begins with a dot, as macOS's ._1.png beside 1.png. path: relative."""
+    return any(name.startswith(".") and name not in (".", "..") for name in path.parts)
+
+
+def natural_order(path: Path) -> tuple:
+    """A key that sorts names by the numbers in them: 2.png before 10.png."""
+    pieces = re.split(r"(\d+)", str(path))
+    return [int(piece) if index % 2 else piece for index, piece in enumerate(pieces)], str(path)
+
+
 def check_writable(path: str | os.PathLike) -> None:
     """Raises UserError unless folder `path` exists, or can be made, and can be written to; makes it."""
     try:
@@ -38,7 +50,18 @@ def check_writable(path: str | os.PathLike) -> None:
 
 def temporary_name(path: Path) -> Path:
     """Beside path, hidden, and of this process alone: two that write one file do not meet in it."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    return path.with_name(f".{path.name}{_partial_suffix()}")
+
+
+def _partial_suffix() -> str:
+    return f".{socket.gethostname()}-{os.getpid()}.partial"
+
+
+def remove_partial_files(folder: Path, of_all: bool = False) -> None:
+    """Removes what lies under temporary names anywhere in a folder: of this process, or of all, such as were killed."""
+    for path in folder.rglob(".*.partial"):
+        if of_all or path.name.endswith(_partial_suffix()):
+            path.unlink(missing_ok=True)
 
 
 def write_whole(path: str | Path, data: bytes) -> None:
@@ -50,9 +73,10 @@ def write_whole(path: str | Path, data: bytes) -> None:
         partial.write_bytes(data)
         os.replace(partial, path)
     except OSError as error:
+        raise UserError(f"cannot write {path}: {reason(error)}; choose another place") from None
+    finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {reason(error)}; choose another place") from None
 
 
 def push_folder(folder: Path, repository: str, repo_type: str) -> None:

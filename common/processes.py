@@ -6,8 +6,14 @@ the same weights; the main process alone writes and prints.
 """
 
 import ctypes
+import multiprocessing
 import os
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -57,6 +63,55 @@ def keep_freed_memory() -> None:
             mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
+@contextmanager
+def worker_pool(workers: int, initializer: Callable[[], None]) -> Iterator[ProcessPoolExecutor]:
+    """Spawned processes that never outlive this one, however it ends, and are ended at once when an error or a signal
+    leaves the block. Ctrl-C and SIGTERM to the whole group of processes are this one's to answer."""
+    context = multiprocessing.get_context("spawn")
+    earlier = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(workers, context, _start_worker, (initializer,)) as pool:
+        try:
+            with _signals_held_back():
+                for _ in range(workers):
+                    pool.submit(int)
+            yield pool
+        except BaseException:
+            for process in set(multiprocessing.active_children()) - earlier:
+                process.kill()
+            raise
+
+
+@contextmanager
+def _signals_held_back():
+    """Ctrl-C and SIGTERM wait for the end of the block; processes that are started in it never see them."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    noted = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    # The mask is for the new processes. It does not keep another thread of this one from taking a signal.
+    handlers = [signal.signal(number, lambda number, frame: noted.append(number)) for number in numbers]
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in zip(numbers, handlers):
+            signal.signal(number, handler)
+    for number in noted:
+        signal.raise_signal(number)
+
+
+def _start_worker(initializer: Callable[[], None]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    initializer()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def say(text: str) -> None:
     if is_main():
         print(text, flush=True)
@@ -76,7 +131,8 @@ def mean_over_processes(tensors: list[torch.Tensor]) -> None:
         group = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.flatten() for tensor in group])
         dist.all_reduce(flat)
-        for tensor, mean in zip(group, (flat / world_size()).split([tensor.numel() for tensor in group])):
+        means = (flat / world_size()).split([tensor.numel() for tensor in group])
+        for tensor, mean in zip(group, means):
             tensor.copy_(mean.view_as(tensor))
 
 

@@ -5,8 +5,9 @@ Unknown keys and wrong types are errors that name the key. The resolved configur
 
 import argparse
 import difflib
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -20,14 +21,15 @@ from pydantic import (
     model_validator,
 )
 
-from common.errors import UserError, reason
+from common.errors import UserError
 from common.files import PROJECT_ROOT, current_name
+from common.text import read_text
 
 DEFAULT_CONFIG = PROJECT_ROOT / "config" / "train_config.yaml"
 
 
 def _number(value):
-    """YAML 1.1 reads 1e-4 as text; booleans are no numbers."""
+    """The number that a text such as 1e-4 says."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -238,12 +240,14 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]
 def _explain(error: ValidationError) -> str:
     """The first problem of a validation error in one line."""
     problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"])
+    key = ".".join(str(name) for name in problem["loc"])
     if problem["type"] == "extra_forbidden":
         nearest = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.0)
         return f"unknown key {key!r}; did you mean {nearest[0]!r}?"
     if problem["type"] == "value_error":
         return f"{key}: {problem['ctx']['error']}"
+    if problem["type"] == "string_type":
+        return f"{key} is text: put {problem['input']!r} in quotes, or leave the key out"
     return f"{key}: {problem['msg'].lower()}, got {problem['input']!r}"
 
 
@@ -256,32 +260,99 @@ def read_config(values: dict, where: str) -> Config:
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
-    """The configuration in a YAML file with overrides like "training.joint.max_steps=200" applied."""
+    """The configuration in a YAML file with overrides like "training.joint.max_steps=200" applied.
+
+    Raises UserError when the file cannot be read, or when it or an override has an unknown key or a wrong type.
+    """
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-    except OSError as error:
-        raise UserError(f"cannot read config {path}: {reason(error)}; give a YAML file with --config") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = read_text(path)
+    except UserError as error:
+        raise UserError(f"config: {error}; give a YAML file with --config") from None
+    try:
+        values = yaml.load(content, KeyLoader) or {}
+        texts = yaml.load(content, yaml.BaseLoader) or {}
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"config {path} must hold sections such as model: and training:")
+    values = _of_the_keys_types(values, texts, Config)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"{override!r}: write overrides as --section.key=value")
         *sections, name = key.split(".")
-        target = values
-        for section in sections:
-            target = target.setdefault(section, {})
+        target, section = values, Config
+        for section_name in sections:
+            target = target.setdefault(section_name, {})
+            section = _annotation(section, section_name)
             if not isinstance(target, dict):
-                raise UserError(f"unknown key {key!r}: {section!r} is not a section")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        # "{prompt}" is text, not a section; and nothing is empty text (write null for none)
-        target[name] = text if isinstance(value, dict) or not text else value
+                raise UserError(f"unknown key {key!r}: {section_name!r} is not a section")
+        target[name] = _override(text, _annotation(section, name))
     return read_config(values, str(path))
+
+
+class KeyLoader(yaml.SafeLoader):
+    """YAML whose scalars are text but for truth values, null and decimal integers, and where a key that is given twice
+    is an error.
+
+    So a date is the text that it is, `Number` reads 1e-4, and an integer 010 or 1:30, to YAML 1.1 8 and 90, is refused.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("bool", "null", "merge")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value]
+        for (key, _), name in zip(node.value, names):
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+KeyLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile("[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
+
+
+def _annotation(section, name: str):
+    """The type of a section's key; None for an unknown key."""
+    fields = getattr(section, "model_fields", {})
+    return fields[name].annotation if name in fields else None
+
+
+def _is_text(annotation) -> bool:
+    """Whether a key takes any text, or none."""
+    return str in (annotation, *get_args(annotation)) and get_origin(annotation) is not list
+
+
+def _override(text: str, annotation):
+    """The value that an override's text means to a key of this type."""
+    if _is_text(annotation):
+        is_none = text == "null" and annotation is not str
+        return None if is_none else text
+    try:
+        value, written = yaml.load(text, KeyLoader), yaml.load(text, yaml.BaseLoader)
+    except (yaml.YAMLError, ValueError):
+        return text
+    return _of_the_keys_types(value, written, annotation) if text else text  # write null for none
+
+
+def _of_the_keys_types(value, text, annotation):
+    """A value as YAML guesses it, but as it is written where the key is text: 12 and no are names too.
+
+    text: the same, each scalar as text. annotation: a section, a type, or None for a key that pydantic will refuse.
+    """
+    if isinstance(value, dict) and isinstance(text, dict):
+        return {
+            name: _of_the_keys_types(inner, text.get(name), _annotation(annotation, name))
+            for name, inner in value.items()
+        }
+    if get_origin(annotation) is list and isinstance(value, list) and isinstance(text, list):
+        (item_type,) = get_args(annotation)
+        return [_of_the_keys_types(*pair, item_type) for pair in zip(value, text)]
+    if _is_text(annotation) and isinstance(value, bool | int) and isinstance(text, str):
+        return text
+    return value
 
 
 def save_config(cfg: Config, path: Path) -> None:
@@ -297,10 +368,14 @@ def dotted_overrides(unknown: list[str]) -> list[str]:
     """["--a.b=1", "--c.d", "2"] → ["a.b=1", "c.d=2"]; anything else is a UserError."""
     overrides, arguments = [], iter(unknown)
     for argument in arguments:
-        if not argument.startswith("--") or "." not in argument.partition("=")[0]:
+        option, equals, value = argument.partition("=")
+        if not option.startswith("--") or "." not in option:
             raise UserError(f"unknown argument {argument!r}; see --help; config keys are written --section.key=value")
-        value = "" if "=" in argument else "=" + next(arguments, "")
-        overrides.append(argument[2:] + value)
+        if not equals:
+            value = next(arguments, "--")
+            if value.startswith("--"):
+                raise UserError(f"{option} has no value; write {option}=VALUE")
+        overrides.append(f"{option[2:]}={value}")
     return overrides
 
 

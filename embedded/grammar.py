@@ -6,33 +6,59 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 ETHNICITIES = {
-    "white": (226, 178, 150), "Asian": (222, 182, 136), "African American": (98, 62, 43),
-    "Latino": (182, 126, 90), "Middle Eastern": (196, 145, 104), "Mixed race": (152, 102, 72),
-}  # fmt: skip
+    "white": (226, 178, 150),
+    "Asian": (222, 182, 136),
+    "African American": (98, 62, 43),
+    "Latino": (182, 126, 90),
+    "Middle Eastern": (196, 145, 104),
+    "Mixed race": (152, 102, 72),
+}
 PERSONS = ("man", "woman", "young boy", "young girl", "elder man", "elder woman")
+AGES = {"": ("", "young"), "young": ("young", ""), "elder": ("elder", "old", "elderly")}  # what sentences say for it
 FEMALE = ("woman", "young girl", "elder woman")
-HAIR = {"black": (24, 22, 24), "brown": (84, 52, 30), "blonde": (214, 172, 98), "auburn": (138, 54, 30),
-        "white": (226, 224, 220)}  # fmt: skip
+HAIR = {
+    "black": (24, 22, 24),
+    "brown": (84, 52, 30),
+    "blonde": (214, 172, 98),
+    "auburn": (138, 54, 30),
+    "white": (226, 224, 220),
+}
 COLOURS = {
-    "white": (238, 238, 234), "black": (30, 30, 33), "gray": (132, 134, 136), "blue": (38, 82, 176),
-    "green": (40, 122, 62), "pink": (236, 140, 172), "orange": (236, 122, 32), "khaki": (178, 158, 112),
-    "red": (196, 30, 38), "yellow": (242, 204, 48), "purple": (112, 52, 144), "navy": (26, 36, 78),
-    "brown": (104, 66, 40), "beige": (222, 204, 172),
-}  # fmt: skip
+    "white": (238, 238, 234),
+    "black": (30, 30, 33),
+    "gray": (132, 134, 136),
+    "blue": (38, 82, 176),
+    "green": (40, 122, 62),
+    "pink": (236, 140, 172),
+    "orange": (236, 122, 32),
+    "khaki": (178, 158, 112),
+    "red": (196, 30, 38),
+    "yellow": (242, 204, 48),
+    "purple": (112, 52, 144),
+    "navy": (26, 36, 78),
+    "brown": (104, 66, 40),
+    "beige": (222, 204, 172),
+}
 PATTERNS = ("denim", "striped", "plaid", "floral")
 STYLES = (*COLOURS, *PATTERNS)
-# Share of the way from shoulder to wrist that a top's sleeve covers, and the height of its hem in metres.
-SLEEVES = {
-    "shirt": 0.36, "long sleeve shirt": 0.96, "polo shirt": 0.38, "button-down shirt": 0.97, "blouse": 0.68,
-    "sweater": 0.99, "jacket": 0.98, "blazer": 0.97, "hoodie": 0.99, "t-shirt": 0.30, "dress": 0.22, "tuxedo": 0.97,
-}  # fmt: skip
-HEMS = {
-    "shirt": 0.88, "long sleeve shirt": 0.88, "polo shirt": 0.88, "button-down shirt": 0.91, "blouse": 0.90,
-    "sweater": 0.85, "jacket": 0.87, "blazer": 0.80, "hoodie": 0.84, "t-shirt": 0.89, "dress": 0.52, "tuxedo": 0.80,
-}  # fmt: skip
+TOP_CUTS = {  # share of the way from shoulder to wrist that the sleeve covers; height of the hem in metres
+    "shirt": (0.36, 0.88),
+    "long sleeve shirt": (0.96, 0.88),
+    "polo shirt": (0.38, 0.88),
+    "button-down shirt": (0.97, 0.91),
+    "blouse": (0.68, 0.9),
+    "sweater": (0.99, 0.85),
+    "jacket": (0.98, 0.87),
+    "blazer": (0.97, 0.8),
+    "hoodie": (0.99, 0.84),
+    "t-shirt": (0.3, 0.89),
+    "dress": (0.22, 0.52),
+    "tuxedo": (0.97, 0.8),
+}
+SLEEVES = {top: sleeve for top, (sleeve, _) in TOP_CUTS.items()}
+HEMS = {top: hem for top, (_, hem) in TOP_CUTS.items()}
 LEGS = {"jeans": 0.078, "pants": 0.078, "shorts": 0.49, "skirt": 0.54}  # height of a bottom's hem in metres
-TOPS = ("shirt", "long sleeve shirt", "polo shirt", "button-down shirt", "blouse", "sweater", "jacket", "blazer",
-        "hoodie", "t-shirt")  # fmt: skip
+TOPS = tuple(top for top in TOP_CUTS if top not in ("dress", "tuxedo"))  # worn with a bottom
 BOTTOMS = ("jeans", "pants", "shorts")  # for everyone; skirts and dresses for FEMALE, tuxedos for the others
 
 # Words round a sentence that say nothing about the outfit.
@@ -55,6 +81,7 @@ class Outfit:
 
     @property
     def prompt(self) -> str:
+        """In the form of ATLAS's prompts: "white, woman, red blouse, navy skirt, black hair"."""
         clothes = [f"{self.top_style} {self.top}", f"{self.bottom_style} {self.bottom}"]
         clothes = clothes if self.bottom else clothes[:1]
         shoes = [f"{self.sneakers} sneakers"] if self.sneakers else []
@@ -62,11 +89,12 @@ class Outfit:
 
     @property
     def sleeve_length(self) -> str:
+        """ "long" or "short"."""
         return "long" if SLEEVES[self.top] > 0.5 else "short"
 
     @property
     def leg_length(self) -> str:
-        """Of what covers the legs: a tuxedo's trousers, a dress's skirt, or the bottom."""
+        """ "long" or "short", of what covers the legs: a tuxedo's trousers, a dress's skirt, or the bottom."""
         hem = LEGS[self.bottom] if self.bottom else {"dress": HEMS["dress"], "tuxedo": LEGS["pants"]}[self.top]
         return "long" if hem < 0.2 else "short"
 
@@ -77,26 +105,29 @@ class Outfit:
 
     def sentence(self, rng: np.random.Generator) -> str:
         """The same in natural words, of which some are left out at times."""
-        young = {"young boy": ("young boy", "boy"), "young girl": ("young girl", "girl"), "man": ("man", "young man"),
-                 "woman": ("woman", "young woman"), "elder man": ("elder man", "old man", "elderly man"),
-                 "elder woman": ("elder woman", "old woman", "elderly woman")}  # fmt: skip
-        *age, noun = str(rng.choice(young[self.person])).split()
-        person = " ".join([*age, *([self.ethnicity] if rng.uniform() < 0.75 else []), noun])
+        age, _, noun = self.person.rpartition(" ")
+        age = str(rng.choice(AGES[age]))
+        ethnicity = self.ethnicity if rng.uniform() < 0.75 else ""
+        person = with_article(" ".join(filter(None, (age, ethnicity, noun))))
         hair = f"{self.hair} hair" if rng.uniform() < 0.8 else ""
         top = with_article(_garment(self.top_style, self.top, rng))
         bottom = _garment(self.bottom_style, self.bottom, rng)
         bottom = with_article(bottom) if self.bottom == "skirt" else bottom
-        worn = [top, *([bottom] if self.bottom else []), *([f"{self.sneakers} sneakers"] if self.sneakers else [])]
+        shoes = f"{self.sneakers} sneakers"
+        worn = [top, *([bottom] if self.bottom else []), *([shoes] if self.sneakers else [])]
         clothes = worn[0] if len(worn) == 1 else ", ".join(worn[:-1]) + " and " + worn[-1]
-        wearing, person = rng.choice(["wearing", "in", "dressed in", "who wears"]), with_article(person)
+        wearing = rng.choice(["wearing", "in", "dressed in", "who wears"])
         forms = [f"{person} {wearing} {clothes}", f"portrait of {person} in {clothes}", f"{clothes} for {person}"]
         if hair:
             haired = with_article(f"{self.hair}-haired {person.partition(' ')[2]}")
             forms = [
-                f"{person} with {hair} {wearing} {clothes}", f"{haired} {wearing} {clothes}",
-                f"{person} {wearing} {clothes}, {hair}", f"a photo of {person} with {hair} in {clothes}",
-                f"{person} {wearing} {clothes} and with {hair}", f"{hair}, {clothes}, {person}",
-            ]  # fmt: skip
+                f"{person} with {hair} {wearing} {clothes}",
+                f"{haired} {wearing} {clothes}",
+                f"{person} {wearing} {clothes}, {hair}",
+                f"a photo of {person} with {hair} in {clothes}",
+                f"{person} {wearing} {clothes} and with {hair}",
+                f"{hair}, {clothes}, {person}",
+            ]
         return f"{rng.choice(OPENINGS)}{rng.choice(forms)}{rng.choice(CLOSINGS)}"
 
 
@@ -111,20 +142,21 @@ def with_article(words: str) -> str:
 def sample_outfit(rng: np.random.Generator, held_out: bool = False) -> Outfit:
     """An outfit of the training combinations, or of those that are held out."""
 
-    def one(options) -> str:
+    def choose(options) -> str:
         return str(rng.choice(list(options)))
 
     while True:
-        ethnicity, person, hair = one(ETHNICITIES), one(PERSONS), one(HAIR)
-        top_style, bottom_style, female, kind = one(STYLES), one(STYLES), person in FEMALE, rng.uniform()
-        top, bottom = one(TOPS), one(BOTTOMS)
-        if female and kind < 0.14:
+        ethnicity, person, hair = choose(ETHNICITIES), choose(PERSONS), choose(HAIR)
+        top_style, bottom_style, chance = choose(STYLES), choose(STYLES), rng.uniform()
+        top, bottom, female = choose(TOPS), choose(BOTTOMS), person in FEMALE
+        if female and chance < 0.14:
             top, bottom_style, bottom = "dress", "", ""
-        elif female and kind < 0.28:
+        elif female and chance < 0.28:
             bottom = "skirt"
-        elif not female and kind < 0.06:
-            top_style, top, bottom_style, bottom = one(("black", "navy", "white", "gray", "red")), "tuxedo", "", ""
-        sneakers = one(COLOURS) if rng.uniform() < 0.2 else ""
+        elif not female and chance < 0.06:
+            top, bottom_style, bottom = "tuxedo", "", ""
+            top_style = choose(("black", "navy", "white", "gray", "red"))
+        sneakers = choose(COLOURS) if rng.uniform() < 0.2 else ""
         outfit = Outfit(ethnicity, person, top_style, top, bottom_style, bottom, hair, sneakers)
         if outfit.held_out == held_out:
             return outfit

@@ -20,7 +20,11 @@ PAINTER = 3  # to be raised when the same outfit and seed are painted differentl
 OUTSIDE, SKIN, TOP, BOTTOM, HAIR_REGION, SHOES, DETAIL = range(7)
 ARM_LENGTH = 0.52  # metres, shoulder to wrist
 WAIST, NECK = 0.95, 1.375  # metres above the ground, as are all heights here
+SHOULDER, ELBOW, WRIST = (0.165, 1.293, 0.013), (0.334, 1.105, 0.019), (0.45, 0.987, 0.174)  # the left ones
 EYE, MOUTH, BROW = np.array([0.030, 1.515, 0.107], np.float32), 1.447, 1.538
+HEAD_BONES = ("head", "neck", "eye", "jaw", "tongue")  # what their labels start with
+LEG_BONES = ("upperleg", "lowerleg", "foot", "toe")
+ARM_BONES = ("upperarm", "lowerarm", "wrist", "finger", "metacarpal")
 
 
 @dataclass(frozen=True)
@@ -49,25 +53,29 @@ class BodyMaps:
     is_nail: np.ndarray
 
 
+def vertices_of_bones(names: tuple[str, ...]) -> np.ndarray:
+    """Anny's vertices that follow most a bone whose label starts with one of names: (V,) bool."""
+    model = load_anny()
+    strongest = model.vertex_bone_weights.float().argmax(1, keepdim=True)
+    bones = model.vertex_bone_indices.gather(1, strongest)[:, 0].numpy()
+    return np.array([label.startswith(names) for label in model.bone_labels])[bones]
+
+
 @functools.lru_cache(maxsize=16)
 def body_maps(size: int, layout: int | None = None) -> BodyMaps:
     """Of Anny's own UV layout, or of another one (see `other_layout`)."""
-    model, body = load_anny(), load_anny_body() if layout is None else other_layout(layout)
+    body = load_anny_body() if layout is None else other_layout(layout)
     fragments = rasterize_uv(body, size)
     mask = fragments.mask[0]
     position = interpolate(fragments, body.faces, body.vertices)
     normal = interpolate(fragments, body.faces, vertex_normals(body.vertices, body.faces))
-    weights = model.vertex_bone_weights.float()
-    strongest = model.vertex_bone_indices.gather(1, weights.argmax(1, keepdim=True))[:, 0]
 
-    def part(*names: str) -> np.ndarray:
-        """Texels that follow the bones whose label starts with one of names."""
-        bones = torch.tensor([label.startswith(names) for label in model.bone_labels])
-        return interpolate(fragments, body.faces, bones[strongest].float()[:, None])[:, 0].numpy() > 0.5
+    def follows(*names: str) -> np.ndarray:
+        """Texels that follow the bones whose label starts with one of names: (K,) bool."""
+        vertices = torch.from_numpy(vertices_of_bones(names)).float()
+        return interpolate(fragments, body.faces, vertices[:, None])[:, 0].numpy() > 0.5
 
-    shoulder, elbow, wrist = (
-        torch.tensor(p) for p in ((0.165, 1.293, 0.013), (0.334, 1.105, 0.019), (0.45, 0.987, 0.174))
-    )
+    shoulder, elbow, wrist = (torch.tensor(joint) for joint in (SHOULDER, ELBOW, WRIST))
     mirrored = torch.stack([position.abs()[:, 0], position[:, 1], position[:, 2]], -1)
 
     def along(start, end):
@@ -75,83 +83,89 @@ def body_maps(size: int, layout: int | None = None) -> BodyMaps:
         return ((mirrored - start) @ axis / axis.square().sum()).clamp(0, 1)
 
     arm = 0.53 * along(shoulder, elbow) + 0.47 * along(elbow, wrist)
-    is_arm = part("upperarm", "lowerarm", "wrist", "finger", "metacarpal")
-    reach, is_nail = (mirrored @ torch.nn.functional.normalize(wrist - elbow, dim=0)).numpy(), np.zeros(len(arm), bool)
+    is_arm = follows(*ARM_BONES)
+    is_nail = np.zeros(len(arm), bool)
+    reach = (mirrored @ torch.nn.functional.normalize(wrist - elbow, dim=0)).numpy()
     for side in "LR":
         for finger in range(1, 6):
-            tip = part(f"finger{finger}-3.{side}")
+            tip = follows(f"finger{finger}-3.{side}")
             if tip.any():
                 is_nail |= tip & (reach > reach[tip].max() - 0.012) & (normal[:, 1].numpy() > 0.2)
     return BodyMaps(
-        mask=mask.numpy(), texel=float(position.diff(dim=0).norm(dim=1).median()), position=position.numpy(),
-        normal=normal.numpy(), arm=np.where(is_arm, arm.numpy(), -1),
-        is_hand=part("wrist", "finger", "metacarpal"), is_foot=part("foot", "toe"),
-        is_head=part("head", "neck03"), is_neck=part("neck"), is_eye=part("eye"), is_nail=is_nail,
-    )  # fmt: skip
+        mask=mask.numpy(),
+        texel=float(position.diff(dim=0).norm(dim=1).median()),
+        position=position.numpy(),
+        normal=normal.numpy(),
+        arm=np.where(is_arm, arm.numpy(), -1),
+        is_hand=follows("wrist", "finger", "metacarpal"),
+        is_foot=follows("foot", "toe"),
+        is_head=follows("head", "neck03"),
+        is_neck=follows("neck"),
+        is_eye=follows("eye"),
+        is_nail=is_nail,
+    )
 
 
 @functools.lru_cache(maxsize=16)
 def other_layout(number: int) -> Body:
     """Anny with texture coordinates that are not its own: the parts of the body, seen from in front and from behind,
     packed into the square in an order, turn and size that follow from number."""
-    model, body, rng = load_anny(), load_anny_body(), np.random.default_rng([number, 77])
-    weights = model.vertex_bone_weights.float()
-    strongest = model.vertex_bone_indices.gather(1, weights.argmax(1, keepdim=True))[:, 0].numpy()
-    names = (("head", "neck", "eye", "jaw", "tongue"), ("upperleg", "lowerleg", "foot", "toe"),
-             ("upperarm", "lowerarm", "wrist", "finger", "metacarpal"))  # fmt: skip
+    body, rng = load_anny_body(), np.random.default_rng([number, 77])
     vertices, faces = body.vertices.numpy(), body.faces.numpy()
-    kind = np.array([next((i for i, labels in enumerate(names, 1) if label.startswith(labels)), 0)
-                     for label in model.bone_labels])[strongest]  # fmt: skip
+    limbs = [vertices_of_bones(names)[faces[:, 0]] for names in (HEAD_BONES, LEG_BONES, ARM_BONES)]
+    body_part = np.select(limbs, [1, 2, 3], 0)  # 0 is the torso
     centre = vertices[faces].mean(1)
-    normal = np.cross(vertices[faces[:, 1]] - vertices[faces[:, 0]], vertices[faces[:, 2]] - vertices[faces[:, 0]])
-    part = kind[faces[:, 0]]
-    chart = part * 4 + (normal[:, 2] < 0) * 2 + ((centre[:, 0] < 0) & (part > 1))
+    corner, along, across = vertices[faces].transpose(1, 0, 2)
+    normal = np.cross(along - corner, across - corner)
+    is_right_limb = (centre[:, 0] < 0) & (body_part > 1)
+    chart_of_face = body_part * 4 + (normal[:, 2] < 0) * 2 + is_right_limb
     zoom = np.array([1.0, rng.uniform(1.6, 2.4), 1.0, rng.uniform(0.9, 1.2)])
 
-    def pieces() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Each part's faces, their corners (F', 3, 2) from (0, 0) on, and its size, in a new order and turn."""
-        found = []
-        for index in rng.permutation(np.unique(chart)):
-            chosen = np.flatnonzero(chart == index)
-            corners = vertices[faces[chosen]][..., :2] * zoom[index // 4]
-            corners = corners @ np.linalg.eigh(np.cov(corners.reshape(-1, 2).T))[1].astype(np.float32)  # upright
+    def turned_charts() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Each chart's faces, their corners (F', 3, 2) from (0, 0) on, and its size, in a new order and turn."""
+        charts = []
+        for index in rng.permutation(np.unique(chart_of_face)):
+            chart_faces = np.flatnonzero(chart_of_face == index)
+            corners = vertices[faces[chart_faces]][..., :2] * zoom[index // 4]
+            _, upright = np.linalg.eigh(np.cov(corners.reshape(-1, 2).T))
+            corners = corners @ upright.astype(np.float32)
             for _ in range(rng.integers(4)):
                 corners = np.stack([-corners[..., 1], corners[..., 0]], -1)
             low = corners.min((0, 1))
-            found.append((chosen, corners - low, corners.max((0, 1)) - low))
-        return found
+            charts.append((chart_faces, corners - low, corners.max((0, 1)) - low))
+        return charts
 
-    def pack(parts, scale: float) -> np.ndarray | None:
-        """Shelf by shelf; None where they do not fit."""
-        uvs, x, y, tall, wide = np.zeros((len(faces), 3, 2), np.float32), 0.0, 0.0, 0.0, 0.0
-        for chosen, corners, size in parts:
+    def pack(charts, scale: float) -> np.ndarray | None:
+        """Shelf by shelf → (F, 3, 2) in [0, 1]; None where they do not fit."""
+        uvs = np.zeros((len(faces), 3, 2), np.float32)
+        x, y, tall, wide = 0.0, 0.0, 0.0, 0.0
+        for chart_faces, corners, size in charts:
             width, height = size * scale + 0.012
             if x + width > 1:
                 x, y, tall = 0.0, y + tall, 0.0
             if width > 1 or y + height > 1:
                 return None
-            uvs[chosen] = corners * scale + (x + 0.006, y + 0.006)
+            uvs[chart_faces] = corners * scale + (x + 0.006, y + 0.006)
             x, tall = x + width, max(tall, height)
             wide = max(wide, x)
         return uvs / (wide, y + tall)  # stretched to fill the square
 
     scale, uvs = 0.1, None
     for _ in range(60):  # the largest of many random packings
-        parts = pieces()
-        while (packed := pack(parts, scale)) is not None:
+        charts = turned_charts()
+        while (packed := pack(charts, scale)) is not None:
             scale, uvs = scale * 1.03, packed
-    return replace(
-        body, uvs=torch.from_numpy(uvs).float().view(-1, 2), uv_faces=torch.arange(len(faces) * 3).view(-1, 3)
-    )
+    uvs, uv_faces = torch.from_numpy(uvs).float().view(-1, 2), torch.arange(len(faces) * 3).view(-1, 3)
+    return replace(body, uvs=uvs, uv_faces=uv_faces)
 
 
 def smooth_noise(points: np.ndarray, rng: np.random.Generator, scale: float, waves: int = 5) -> np.ndarray:
     """A sum of random sine waves with a wavelength of about `scale` metres. points: (K, 3) → (K,), about [-1, 1]."""
     directions = rng.normal(size=(3, waves)).astype(np.float32)
-    directions *= (
-        2 * np.pi / scale * rng.uniform(0.6, 1.5, waves).astype(np.float32) / np.linalg.norm(directions, axis=0)
-    )
-    return np.sin(points @ directions + rng.uniform(0, 6.28, waves).astype(np.float32)).mean(-1) * 1.6
+    frequency = 2 * np.pi / scale * rng.uniform(0.6, 1.5, waves).astype(np.float32)
+    directions *= frequency / np.linalg.norm(directions, axis=0)
+    phase = rng.uniform(0, 6.28, waves).astype(np.float32)
+    return np.sin(points @ directions + phase).mean(-1) * 1.6
 
 
 def grain(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -160,19 +174,26 @@ def grain(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     column, row = np.floor(u).astype(np.int32), np.floor(v).astype(np.int32)
     x, y = u - column, v - row
     left, right, low, high = column & 63, (column + 1) & 63, row & 63, (row + 1) & 63
-    return (table[low, left] * (1 - x) + table[low, right] * x) * (1 - y) + (
-        table[high, left] * (1 - x) + table[high, right] * x
-    ) * y
+    at_low = table[low, left] * (1 - x) + table[low, right] * x
+    at_high = table[high, left] * (1 - x) + table[high, right] * x
+    return at_low * (1 - y) + at_high * y
 
 
 def jitter(colour, rng: np.random.Generator, amount: float) -> np.ndarray:
-    return np.clip(
-        np.array(colour, np.float32) / 255 * rng.uniform(1 - amount, 1 + amount) + rng.normal(0, amount / 5, 3), 0, 1
-    ).astype(np.float32)
+    """A colour (3,) in [0, 255] → one a share of about `amount` away from it (3,) in [0, 1]."""
+    brighter = np.array(colour, np.float32) / 255 * rng.uniform(1 - amount, 1 + amount)
+    return np.clip(brighter + rng.normal(0, amount / 5, 3), 0, 1).astype(np.float32)
 
 
 def pick(rng: np.random.Generator, options):
     return options[rng.integers(len(options))]
+
+
+PLAIDS = (  # ground, band and line
+    ((172, 36, 40), (26, 28, 50), (236, 220, 190)),
+    ((40, 96, 66), (24, 30, 60), (230, 200, 90)),
+    ((150, 110, 74), (70, 44, 36), (226, 60, 50)),
+)
 
 
 def fabric(style: str, points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -182,21 +203,18 @@ def fabric(style: str, points: np.ndarray, rng: np.random.Generator) -> np.ndarr
     if style in COLOURS:
         colour = np.broadcast_to(jitter(COLOURS[style], rng, 0.08), points.shape)
     elif style == "denim":
-        threads = grain(across / 0.006, points[:, 1] / 0.05, rng) + 0.25 * grain(
-            across / 0.03, points[:, 1] / 0.006, rng
-        )
+        threads = grain(across / 0.006, points[:, 1] / 0.05, rng)
+        threads = threads + 0.25 * grain(across / 0.03, points[:, 1] / 0.006, rng)
         fade = smooth_noise(points, rng, 0.35)
         colour = jitter((66, 94, 138), rng, 0.10) * (1 + 0.16 * threads + 0.20 * fade)[:, None]
     elif style == "striped":
         dark = jitter(pick(rng, ((34, 44, 88), (28, 28, 32), (176, 36, 42))), rng, 0.2)
         light = jitter((238, 236, 228), rng, 0.04)
-        share = np.clip(0.5 + 6 * np.sin(points[:, 1] * 2 * np.pi / rng.uniform(0.12, 0.16)), 0, 1)[:, None]
+        wave = np.sin(points[:, 1] * 2 * np.pi / rng.uniform(0.12, 0.16))
+        share = np.clip(0.5 + 6 * wave, 0, 1)[:, None]
         colour = dark * share + light * (1 - share)
     elif style == "plaid":
-        ground, band, line = pick(
-            rng, (((172, 36, 40), (26, 28, 50), (236, 220, 190)), ((40, 96, 66), (24, 30, 60), (230, 200, 90)),
-                  ((150, 110, 74), (70, 44, 36), (226, 60, 50))),
-        )  # fmt: skip
+        ground, band, line = pick(rng, PLAIDS)
         period, shares = rng.uniform(0.18, 0.24), []
         for axis in (points[:, 1], across):
             wave = np.sin(axis * 2 * np.pi / period)
@@ -204,11 +222,13 @@ def fabric(style: str, points: np.ndarray, rng: np.random.Generator) -> np.ndarr
         (rows, row_line), (columns, column_line) = shares
         share = 0.5 * (rows + columns)[:, None]
         colour = jitter(ground, rng, 0.12) * (1 - share) + jitter(band, rng, 0.2) * share
-        colour[row_line | column_line] = 0.45 * colour[row_line | column_line] + 0.55 * jitter(line, rng, 0.1)
+        on_line = row_line | column_line
+        colour[on_line] = 0.45 * colour[on_line] + 0.55 * jitter(line, rng, 0.1)
     else:
         colour = flowers(points, across, rng)
     # Folds, and less light where the cloth looks down.
-    folds = smooth_noise(points * (1.0, 0.55, 1.0), rng, 0.13) * 0.05 + smooth_noise(points, rng, 0.05) * 0.025
+    folds = smooth_noise(points * (1.0, 0.55, 1.0), rng, 0.13) * 0.05
+    folds = folds + smooth_noise(points, rng, 0.05) * 0.025
     return np.clip(colour * (1 + folds)[:, None], 0, 1).astype(np.float32)
 
 
@@ -216,7 +236,8 @@ def flowers(points: np.ndarray, across: np.ndarray, rng: np.random.Generator) ->
     """Five-petalled flowers and leaves round the points of a jittered lattice."""
     ground = pick(rng, ((240, 232, 216), (30, 38, 76), (248, 214, 220), (24, 60, 50)))
     colour = np.broadcast_to(jitter(ground, rng, 0.06), points.shape).copy()
-    petals = np.array([jitter(c, rng, 0.1) for c in ((214, 48, 92), (242, 176, 44), (150, 92, 190), (238, 240, 236))])
+    petal_colours = ((214, 48, 92), (242, 176, 44), (150, 92, 190), (238, 240, 236))
+    petals = np.array([jitter(petal_colour, rng, 0.1) for petal_colour in petal_colours])
     shift, cell = rng.uniform(0, 1, 3).astype(np.float32), np.float32(0.16)
     lattice = np.floor(points / cell + shift).astype(np.int32)
     key = (lattice @ np.array([73856093, 19349663, 83492791])) & 0xFFFF
@@ -311,8 +332,8 @@ def paint_skin(brush: Brush, outfit: Outfit) -> None:
     bow = 1 - 0.3 * np.exp(-((x / 0.005) ** 2))
     upper = np.maximum(y - MOUTH - 0.0075 * fullness * bow * (1 - (x / 0.026) ** 2), MOUTH - y)
     lower = np.maximum(MOUTH - 0.0095 * fullness * (1 - (x / 0.024) ** 2) - y, y - MOUTH)
-    for part, shade in ((upper, 0.90), (lower, 1.0)):
-        share = face * brush.inside(np.where(x < 0.026, part, 1))
+    for distance, shade in ((upper, 0.90), (lower, 1.0)):
+        share = face * brush.inside(np.where(x < 0.026, distance, 1))
         brush.lay(0.85 * share, lip * shade)
         brush.regions[share > 0.5] = DETAIL
     brush.dim(face * brush.inside(np.maximum(np.abs(y - MOUTH) - 0.0012, x - 0.024)), 0.62)
@@ -323,8 +344,8 @@ def paint_skin(brush: Brush, outfit: Outfit) -> None:
     brush.lay(0.85 * brow, hair * 0.8 + skin * 0.2)
     brush.regions[brow > 0.4] = DETAIL
     lashes = np.hypot((x - EYE[0]) / 0.0175, (y - EYE[1]) / 0.0085)
-    rim = face * np.clip(1 - np.abs(lashes - 1) / 0.22, 0, 1) * (y > EYE[1] - 0.003) * ~maps.is_eye
-    brush.dim(rim, 0.30 if female else 0.5)
+    rim = face * np.clip(1 - np.abs(lashes - 1) / 0.22, 0, 1)
+    brush.dim(rim * (y > EYE[1] - 0.003) * ~maps.is_eye, 0.30 if female else 0.5)
     if elder:
         lines = 0.5 + 0.5 * np.sin((y + 6 * x**2) * 2 * np.pi / 0.013)
         brush.dim(face * (y > 1.552) * (x < 0.055) * lines**4, 0.80)
@@ -334,10 +355,8 @@ def paint_skin(brush: Brush, outfit: Outfit) -> None:
         brush.dim(face * brush.inside(np.maximum(crow, np.abs(x - 0.056) - 0.008), 0.002), 0.84)
         brush.dim(near(0.030, 1.497, 0.014, 0.004), 0.84)  # bags under the eyes
     gaze = points - EYE * np.sign(points[:, :1]) ** np.array([1, 0, 0])
-    radius, iris = (
-        np.hypot(gaze[:, 0], gaze[:, 1]),
-        pick(rng, ((92, 62, 38), (72, 96, 128), (84, 104, 70), (48, 34, 26))),
-    )
+    radius = np.hypot(gaze[:, 0], gaze[:, 1])
+    iris = pick(rng, ((92, 62, 38), (72, 96, 128), (84, 104, 70), (48, 34, 26)))
     brush.lay(maps.is_eye, (0.92, 0.91, 0.90), DETAIL)
     brush.lay(maps.is_eye * brush.inside(radius - 0.0070), jitter(iris, rng, 0.15))
     brush.lay(maps.is_eye * brush.inside(radius - 0.0032), (0.04, 0.04, 0.05))
@@ -352,10 +371,10 @@ def paint_shoes(brush: Brush, outfit: Outfit) -> None:
         white = jitter((240, 240, 238), rng, 0.03)
         brush.lay(maps.is_foot * brush.inside(y - 0.020), white)
         brush.lay(maps.is_foot * brush.inside(np.maximum(0.150 - z, y - 0.045)), white * 0.96)  # toe cap
-        laces = maps.is_foot & (z > 0.05) & (z < 0.135) & (maps.normal[:, 1] > 0.5) & (np.mod(z, 0.02) < 0.009)
-        brush.lay(laces, white)
-        side = maps.is_foot * brush.inside(np.abs(y - 0.045 - 0.25 * (z - 0.05)) - 0.007) * (np.abs(z - 0.05) < 0.045)
-        brush.lay(side * (np.abs(maps.normal[:, 0]) > 0.6), white)
+        instep = maps.is_foot & (z > 0.05) & (z < 0.135) & (maps.normal[:, 1] > 0.5)
+        brush.lay(instep & (np.mod(z, 0.02) < 0.009), white)  # laces
+        stripe = brush.inside(np.abs(y - 0.045 - 0.25 * (z - 0.05)) - 0.007) * (np.abs(z - 0.05) < 0.045)
+        brush.lay(maps.is_foot * stripe * (np.abs(maps.normal[:, 0]) > 0.6), white)
     else:
         leather = jitter(pick(rng, ((52, 38, 30), (28, 28, 30), (110, 72, 42), (72, 48, 36))), rng, 0.1)
         brush.lay(shoe, leather, SHOES)
@@ -389,11 +408,13 @@ def paint_bottom(brush: Brush, outfit: Outfit) -> None:
         worn_out = np.exp(-(((y - 0.62) / 0.12) ** 2) - ((x - 0.10) / 0.05) ** 2) * front
         brush.dim(worn * worn_out, 1.16)
     elif bottom == "pants":
-        brush.dim(worn * front * brush.inside(np.abs(x - 0.112 + 0.02 * (0.9 - y)) - 0.002), 0.80)  # crease
+        crease = np.abs(x - 0.112 + 0.02 * (0.9 - y)) - 0.002
+        brush.dim(worn * front * brush.inside(crease), 0.80)
     elif bottom == "skirt":
         pleats = 0.5 + 0.5 * np.sin(np.arctan2(points[:, 0], points[:, 2]) * 26)
         brush.dim(worn * pleats**3 * (y < 0.88), 0.82)
-    brush.dim(worn * front * brush.inside(np.maximum(np.abs(x - 0.004) - 0.002, 0.86 - y)), 0.75)  # fly
+    fly = np.maximum(np.abs(x - 0.004) - 0.002, 0.86 - y)
+    brush.dim(worn * front * brush.inside(fly), 0.75)
     if bottom != "skirt":
         button = np.hypot(points[:, 0], y - WAIST - 0.022) - 0.006
         brush.lay(worn * front * brush.inside(button), (0.62, 0.56, 0.44))
@@ -414,24 +435,30 @@ def paint_top(brush: Brush, outfit: Outfit) -> None:
         torso = torso * (1 - front * brush.inside(np.maximum(opening - y, x - 0.42 * (y - opening))))
     worn = np.maximum(torso, sleeve)
     if top == "tuxedo":
-        legs = (maps.arm < 0) * ~maps.is_hand * brush.inside(np.maximum(y - WAIST - 0.04, LEGS["pants"] - y))
+        trousers = np.maximum(y - WAIST - 0.04, LEGS["pants"] - y)
+        legs = (maps.arm < 0) * ~maps.is_hand * brush.inside(trousers)
         brush.cloth(np.maximum(worn, legs), outfit.top_style, TOP)
-        brush.dim(legs * (np.abs(maps.normal[:, 2]) < 0.10) * (x > 0.12) * (y < hem), 1.35)  # satin stripe
+        satin_stripe = legs * (np.abs(maps.normal[:, 2]) < 0.10) * (x > 0.12) * (y < hem)
+        brush.dim(satin_stripe, 1.35)
     else:
         brush.cloth(worn, outfit.top_style, TOP)
-    brush.dim(sleeve * brush.inside(np.abs((maps.arm - sleeve_end) * ARM_LENGTH + 0.016) - 0.002), 0.75)  # cuff
+    cuff = np.abs((maps.arm - sleeve_end) * ARM_LENGTH + 0.016) - 0.002
+    brush.dim(sleeve * brush.inside(cuff), 0.75)
     brush.dim(torso * brush.inside(np.abs(y - hem - 0.013) - 0.002), 0.75)
-    brush.dim(worn * np.exp(-(((x - 0.15) / 0.03) ** 2) - ((y - 1.20) / 0.05) ** 2), 0.84)  # under the arms
-    brush.dim(sleeve * np.exp(-(((maps.arm - 0.53) / 0.05) ** 2)) * (maps.normal[:, 2] > 0), 0.88)  # elbow
+    armpits = np.exp(-(((x - 0.15) / 0.03) ** 2) - ((y - 1.20) / 0.05) ** 2)
+    brush.dim(worn * armpits, 0.84)
+    elbow = np.exp(-(((maps.arm - 0.53) / 0.05) ** 2))
+    brush.dim(sleeve * elbow * (maps.normal[:, 2] > 0), 0.88)
     if top in ("shirt", "long sleeve shirt", "t-shirt", "sweater", "dress"):
         brush.dim(torso * brush.inside(np.where(x < 0.09, neckline - y - 0.014, 1)), 0.80)  # neckband
     dark = outfit.top_style in ("black", "navy", "denim", "blue", "green", "purple", "brown")
-    trim, details = 1.3 if dark else 0.74, {
-        "polo shirt": paint_shirt_front, "button-down shirt": paint_shirt_front, "blouse": paint_shirt_front,
-        "jacket": paint_lapels, "blazer": paint_lapels, "tuxedo": paint_lapels, "hoodie": paint_hood,
-    }  # fmt: skip
-    if top in details:
-        details[top](brush, top, torso * front, torso, trim)
+    trim = 1.3 if dark else 0.74
+    if top in ("polo shirt", "button-down shirt", "blouse"):
+        paint_shirt_front(brush, top, torso * front, torso, trim)
+    elif top in ("jacket", "blazer", "tuxedo"):
+        paint_lapels(brush, top, torso * front, trim)
+    elif top == "hoodie":
+        paint_hood(brush, torso * front, torso)
     if top in ("sweater", "hoodie"):
         ribs = 0.5 + 0.5 * np.sin(np.arctan2(points[:, 0], points[:, 2]) * 70)
         ends = np.maximum(torso * (y < hem + 0.05), sleeve * (maps.arm > sleeve_end - 0.11))
@@ -454,9 +481,10 @@ def paint_top(brush: Brush, outfit: Outfit) -> None:
 
 
 def paint_shirt_front(brush: Brush, top: str, front: np.ndarray, torso: np.ndarray, trim: float) -> None:
-    """Collar, placket and buttons. front: (K,) share of the torso's front."""
+    """Collar, placket and buttons. torso, front: (K,) share of a texel that shows the top there; trim: a factor."""
     x, y = np.abs(brush.maps.position[:, 0]), brush.maps.position[:, 1]
-    brush.dim(torso * brush.inside(np.maximum(1.335 - y - 0.35 * np.maximum(x - 0.05, 0), x - 0.10)), trim)
+    collar = np.maximum(1.335 - y - 0.35 * np.maximum(x - 0.05, 0), x - 0.10)
+    brush.dim(torso * brush.inside(collar), trim)
     if top == "blouse":
         return
     lowest = 1.20 if top == "polo shirt" else HEMS[top]
@@ -465,7 +493,7 @@ def paint_shirt_front(brush: Brush, top: str, front: np.ndarray, torso: np.ndarr
     brush.lay(front * brush.inside(np.maximum(button, lowest + 0.01 - y)), (0.93, 0.93, 0.90), DETAIL)
 
 
-def paint_lapels(brush: Brush, top: str, front: np.ndarray, torso: np.ndarray, trim: float) -> None:
+def paint_lapels(brush: Brush, top: str, front: np.ndarray, trim: float) -> None:
     """What an open jacket, blazer or tuxedo shows under it, and its lapels."""
     x, y = np.abs(brush.maps.position[:, 0]), brush.maps.position[:, 1]
     lowest = {"jacket": HEMS["jacket"], "blazer": 1.10, "tuxedo": 1.06}[top]
@@ -489,14 +517,16 @@ def paint_lapels(brush: Brush, top: str, front: np.ndarray, torso: np.ndarray, t
         brush.lay((front > 0) * brush.inside(bow), (0.07, 0.07, 0.08), DETAIL)
 
 
-def paint_hood(brush: Brush, top: str, front: np.ndarray, torso: np.ndarray, trim: float) -> None:
+def paint_hood(brush: Brush, front: np.ndarray, torso: np.ndarray) -> None:
     """The hood round the neck, its strings and the pocket."""
     points = brush.maps.position
     x, y = np.abs(points[:, 0]), points[:, 1]
-    brush.dim(torso * brush.inside(np.where(points[:, 2] > 0.02, 1.33 - y + 0.5 * x, 1.27 - y + 0.4 * x)), 0.82)
-    brush.lay(front * brush.inside(np.maximum(np.abs(x - 0.022) - 0.003, np.abs(y - 1.26) - 0.055)), (0.92, 0.92, 0.90))
-    slant = np.maximum(np.abs(y - 0.955) - 0.065, x - 0.14 + 0.7 * np.maximum(y - 0.95, 0))
-    brush.dim(front * brush.inside(np.abs(slant) - 0.003), 0.66)
+    hood = np.where(points[:, 2] > 0.02, 1.33 - y + 0.5 * x, 1.27 - y + 0.4 * x)
+    brush.dim(torso * brush.inside(hood), 0.82)
+    strings = np.maximum(np.abs(x - 0.022) - 0.003, np.abs(y - 1.26) - 0.055)
+    brush.lay(front * brush.inside(strings), (0.92, 0.92, 0.90))
+    pocket = np.maximum(np.abs(y - 0.955) - 0.065, x - 0.14 + 0.7 * np.maximum(y - 0.95, 0))
+    brush.dim(front * brush.inside(np.abs(pocket) - 0.003), 0.66)
 
 
 def paint_hair(brush: Brush, outfit: Outfit) -> None:
@@ -504,7 +534,8 @@ def paint_hair(brush: Brush, outfit: Outfit) -> None:
     points = maps.position
     x, y, z = np.abs(points[:, 0]), points[:, 1], points[:, 2]
     female = outfit.person in FEMALE
-    ragged = 0.004 * grain(points[:, 0] / 0.004, z / 0.02, rng) + 0.004 * np.sin(points[:, 0] * rng.uniform(60, 110))
+    ragged = 0.004 * grain(points[:, 0] / 0.004, z / 0.02, rng)
+    ragged = ragged + 0.004 * np.sin(points[:, 0] * rng.uniform(60, 110))
     hairline = rng.uniform(1.567, 1.582) + ragged - 0.5 * np.maximum(x - 0.045, 0)
     # Signed distances: above the hairline in front; behind the ears down to the nape.
     cap = hairline - y
@@ -517,9 +548,8 @@ def paint_hair(brush: Brush, outfit: Outfit) -> None:
         falls = np.maximum(np.maximum(length + ragged - y, y - 1.46), np.maximum(z + 0.02, x - 0.10))
         framing = np.minimum(np.maximum(0.060 + ragged - x, z - 0.075), z - 0.035)
         scalp = np.maximum(scalp, maps.is_head * brush.inside(np.maximum(framing, length - y), 0.006))
-        scalp = np.maximum(
-            scalp, (maps.is_neck & ~maps.is_head) * brush.inside(np.maximum(z + 0.005, length - y), 0.006)
-        )
+        behind_neck = brush.inside(np.maximum(z + 0.005, length - y), 0.006)
+        scalp = np.maximum(scalp, (maps.is_neck & ~maps.is_head) * behind_neck)
         scalp = np.maximum(scalp, (maps.arm < 0) * brush.inside(falls, 0.006))
     else:
         scalp = scalp * ~ears
@@ -534,10 +564,11 @@ def paint_hair(brush: Brush, outfit: Outfit) -> None:
 
 def generic_picture(rng: np.random.Generator, size: int) -> torch.Tensor:
     """A patchwork of fabrics, skin and hair tones with soft shading, no body in it → (3, size, size) in [0, 1]."""
-    grid = np.stack(np.meshgrid(np.linspace(0, 1, size), np.linspace(0, 1, size), indexing="ij"), -1).reshape(-1, 2)
+    line = np.linspace(0, 1, size)
+    grid = np.stack(np.meshgrid(line, line, indexing="ij"), -1).reshape(-1, 2)
     seeds = rng.uniform(0, 1, (rng.integers(2, 14), 2))
     warp = 0.05 * rng.normal(size=2) * np.sin(grid[:, ::-1] * rng.uniform(4, 30))
-    patch = ((grid + warp)[:, None] - seeds).__pow__(2).sum(-1).argmin(1)
+    patch = (((grid + warp)[:, None] - seeds) ** 2).sum(-1).argmin(1)
     scale, picture = rng.uniform(0.3, 1.6), np.zeros((size * size, 3), np.float32)
     for index in range(len(seeds)):
         inside = patch == index

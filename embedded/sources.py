@@ -17,16 +17,16 @@ def is_procedural(spec: str) -> bool:
 
 
 def open_textures(
-    spec: str, prompts: str | Path | None = None, size: int = 256, seed: int = 0
+    spec: str, prompts: str | Path | None = None, size: int = 256, seed: int = 0, limit: int | None = None
 ) -> "HuggingFaceATLAS | ProceduralTextures":
-    """spec: procedural:COUNT, painted at size x size texels from seed; or what HuggingFaceATLAS reads, whose prompts
-    lie in the file `prompts`. Raises UserError for what cannot be opened."""
+    """spec: procedural:COUNT, painted at size x size texels from seed; or what HuggingFaceATLAS reads with the prompts
+    `prompts`. limit: only the first so many. Raises UserError for what cannot be opened."""
     if not is_procedural(spec):
-        return HuggingFaceATLAS(spec, prompts)
+        return HuggingFaceATLAS(spec, prompts, limit=limit)
     count = spec.partition(":")[2]
     if not count.isdigit() or int(count) == 0:
         raise UserError(f"{spec!r}: write procedural:COUNT, the number of textures")
-    return ProceduralTextures(int(count), size, seed)
+    return ProceduralTextures(min(int(count), limit or int(count)), size, seed)
 
 
 class ProceduralTextures(Dataset):
@@ -41,14 +41,14 @@ class ProceduralTextures(Dataset):
     def __len__(self) -> int:
         return self.count
 
-    def limit(self, count: int | None) -> None:
-        self.count = min(self.count, count or self.count)
-
     def fingerprint(self) -> str:
         return fingerprint(self.count, self.size, self.seed, self.held_out, PAINTER)
 
     def name(self, index: int) -> str:
         return f"procedural texture {index}"
+
+    def pair(self, index: int) -> str:
+        return f"{self.name(index)}: {self[index][1]}"
 
     def __getitem__(self, index: int) -> tuple[bytes, str]:
         rng = np.random.default_rng([self.seed, index, self.held_out])

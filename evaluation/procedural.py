@@ -1,8 +1,11 @@
 """Measures on the procedural set, where the truth of every texel is known."""
 
+import math
+
 import numpy as np
 import torch
 from PIL import Image
+from skimage.color import rgb2lab
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -13,6 +16,7 @@ from common.pictures import image_from_pixels
 from config.configuration import Render
 from embedded.grammar import COLOURS, ETHNICITIES, HAIR, PATTERNS, Outfit, sample_outfit
 from embedded.painter import BOTTOM, HAIR_REGION, SKIN, TOP, Painting, body_maps, paint
+from evaluation.sentences import SENTENCES
 from models.checkpoints import TrainedModel
 from models.conditioning import blend
 from models.diffusion import autocast, decode_latents, encode_posterior, resolve_precision
@@ -23,52 +27,16 @@ from render.uv_space import fill_outside
 
 SEED = 90_001  # of the held-out outfits; training draws its own from small seeds
 SIZE = 256  # of the true textures
+ROWS_AT_ONCE = 8
 FITTED_TO = 400  # true textures, the classifier of patterns
 IMG_WEIGHTS = (0.25, 0.5, 0.75)
 REGIONS = {"top": TOP, "bottom": BOTTOM, "hair": HAIR_REGION, "skin": SKIN}
 PATTERN_NAMES = ("plain", *PATTERNS)
-SENTENCES = (  # written by hand: words of the grammar, in forms that no training caption has
-    ("She has blonde hair and she is wearing a yellow dress.", {"top": "yellow", "hair": "blonde"}),
-    ("Guy in a purple hoodie, black jeans", {"top": "purple", "bottom": "black"}),
-    ("My grandfather in his brown sweater", {"top": "brown"}),
-    ("red blouse on a woman; her skirt is navy", {"top": "red", "bottom": "navy"}),
-    ("Businessman, gray blazer over navy pants", {"top": "gray", "bottom": "navy"}),
-    ("The girl's t-shirt is orange and her shorts are white", {"top": "orange", "bottom": "white"}),
-    ("Someone with auburn hair who put on a green jacket", {"top": "green", "hair": "auburn"}),
-    ("Old lady, white hair, pink blouse, beige skirt", {"top": "pink", "bottom": "beige", "hair": "white"}),
-    ("A boy whose hoodie is red", {"top": "red"}),
-    ("Here stands an African American woman; her dress is white.", {"top": "white", "skin": "African American"}),
-    ("yellow t-shirt and blue shorts for the young boy", {"top": "yellow", "bottom": "blue"}),
-    ("tuxedo, black, for an Asian man", {"top": "black", "skin": "Asian"}),
-    ("A red dress. A woman with black hair wears it.", {"top": "red", "hair": "black"}),
-    ("He wears khaki pants with a navy polo shirt", {"top": "navy", "bottom": "khaki"}),
-    ("Elder man: green sweater, gray pants", {"top": "green", "bottom": "gray"}),
-    ("Woman at the office: black blazer, black pants", {"top": "black", "bottom": "black"}),
-    ("Kid with brown hair, orange sweater and green pants", {"top": "orange", "bottom": "green", "hair": "brown"}),
-    ("There is a Latino man here, his shirt is white, his jeans are blue", {"top": "white", "bottom": "blue"}),
-    ("purple dress worn by a blonde girl", {"top": "purple", "hair": "blonde"}),
-    ("pants: beige. shirt: brown. a man.", {"top": "brown", "bottom": "beige"}),
-    ("A woman dressed all in pink, pink sweater and pink skirt", {"top": "pink", "bottom": "pink"}),
-    ("On the left a Middle Eastern man in a blue jacket", {"top": "blue"}),
-    ("navy hoodie, red shorts, white sneakers, it is a young man", {"top": "navy", "bottom": "red"}),
-    ("Her hair is black, her blouse is yellow, her pants are gray",
-     {"top": "yellow", "bottom": "gray", "hair": "black"}),
-    ("gray-haired no, he has white hair; the polo shirt is green", {"top": "green", "hair": "white"}),
-    ("This man likes orange, so his jacket is orange too", {"top": "orange"}),
-    ("young woman, beige dress, summer", {"top": "beige"}),
-    ("One white man, one red t-shirt, one pair of black shorts", {"top": "red", "bottom": "black", "skin": "white"}),
-    ("a girl with purple skirt and white blouse", {"top": "white", "bottom": "purple"}),
-    ("The old man is in a khaki jacket and brown pants", {"top": "khaki", "bottom": "brown"}),
-)  # fmt: skip
 
 
 def lab(rgb: Tensor) -> Tensor:
     """sRGB (..., 3) in [0, 1] → CIELAB under D65."""
-    linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    matrix = rgb.new_tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
-    xyz = linear @ matrix.T / rgb.new_tensor([0.9505, 1.0, 1.089])
-    x, y, z = torch.where(xyz > 216 / 24389, xyz.clamp(min=1e-8) ** (1 / 3), xyz * 841 / 108 + 4 / 29).unbind(-1)
-    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=-1)
+    return torch.from_numpy(rgb2lab(rgb.numpy()))
 
 
 def nearest_word(colour: Tensor, words: dict[str, tuple]) -> str:
@@ -98,12 +66,12 @@ def limbs() -> dict[str, Tensor]:
     maps = body_maps(SIZE)
     forearm = (maps.arm > 0.60) & (maps.arm < 0.88) & ~maps.is_hand
     shin = (maps.arm < 0) & (maps.position[:, 1] > 0.14) & (maps.position[:, 1] < 0.38)
-    found = {}
+    masks = {}
     for name, texels in (("sleeve", forearm), ("leg", shin)):
         mask = np.zeros(maps.mask.shape, bool)
         mask[maps.mask] = texels
-        found[name] = torch.from_numpy(mask)
-    return found
+        masks[name] = torch.from_numpy(mask)
+    return masks
 
 
 def length(texture: Tensor, limb: Tensor, cloth: Tensor, skin: Tensor) -> str:
@@ -116,16 +84,17 @@ def length(texture: Tensor, limb: Tensor, cloth: Tensor, skin: Tensor) -> str:
 def pattern_features(texture: Tensor, mask: Tensor) -> Tensor:
     """What tells patterns apart in texture (3, S, S) over mask (S, S): colour, its spread, and edges across and along
     at three sizes → (21,)."""
-    space = lab(texture.permute(1, 2, 0)).permute(2, 0, 1) / 100
-    inside = space[:, mask]
+    colours = lab(texture.permute(1, 2, 0)).permute(2, 0, 1) / 100  # (3, S, S)
+    inside = colours[:, mask]
     features = [inside.mean(1), inside.std(1)]
     for factor in (1, 2, 4):
-        small = F.avg_pool2d(space[None], factor)[0]
-        kept = F.avg_pool2d(mask[None, None].float(), factor)[0, 0] > 0.99
+        small = F.avg_pool2d(colours[None], factor)[0]
+        is_inside = F.avg_pool2d(mask[None, None].float(), factor)[0, 0] > 0.99
         for axis in (-1, -2):
-            both = kept & kept.roll(1, axis)
-            change = (small - small.roll(1, axis))[:, both].abs()
-            features.append(torch.stack([change[0].mean(), change[1:].mean(), change[0].pow(2).mean().sqrt()]))
+            both_inside = is_inside & is_inside.roll(1, axis)
+            lightness, *chroma = (small - small.roll(1, axis))[:, both_inside].abs()
+            edges = [lightness.mean(), torch.stack(chroma).mean(), lightness.square().mean().sqrt()]
+            features.append(torch.stack(edges))
     return torch.cat(features).nan_to_num(0)
 
 
@@ -171,14 +140,15 @@ class Tally:
         self.answers.setdefault(name, []).append(float(value))
 
     def nested(self) -> dict:
-        out: dict = {}
+        """{"i2uv": {"psnr": mean, ...}, ...}, the means to four digits."""
+        measures: dict = {}
         for name, values in self.answers.items():
             *parents, leaf = name.split(".")
-            level = out
+            level = measures
             for parent in parents:
                 level = level.setdefault(parent, {})
             level[leaf] = round(sum(values) / len(values), 4)
-        return out
+        return measures
 
 
 def colour_right(tally: Tally, task: str, outfit: Outfit, painting: Painting, texture: Tensor) -> dict[str, Tensor]:
@@ -190,20 +160,30 @@ def colour_right(tally: Tally, task: str, outfit: Outfit, painting: Painting, te
     return medians
 
 
-def score(tally: Tally, task: str, outfit: Outfit, painting: Painting, texture: Tensor, classifier, limb_masks) -> None:
+def score(
+    tally: Tally,
+    task: str,
+    outfit: Outfit,
+    painting: Painting,
+    texture: Tensor,
+    classifier: PatternClassifier,
+    limb_masks: dict[str, Tensor],
+) -> None:
     """Adds one generated texture (3, SIZE, SIZE) in [0, 1]."""
     medians = colour_right(tally, task, outfit, painting, texture)
     for style, region in ((outfit.top_style, TOP), (outfit.bottom_style, BOTTOM)):
         if style:
-            named = style if style in PATTERNS else "plain"
-            tally.add(f"{task}.pattern", classifier(texture, painting.regions == region) == named)
+            pattern = style if style in PATTERNS else "plain"
+            tally.add(f"{task}.pattern", classifier(texture, painting.regions == region) == pattern)
+    skin, sleeves = medians["skin"], medians["top"]
     legs = medians["bottom"] if outfit.bottom else medians["top"]
-    for name, cloth, named in (("sleeve", medians["top"], outfit.sleeve_length), ("leg", legs, outfit.leg_length)):
-        if cloth is not None and medians["skin"] is not None:
-            tally.add(f"{task}.length", length(texture, limb_masks[name], cloth, medians["skin"]) == named)
+    for name, cloth, told in (("sleeve", sleeves, outfit.sleeve_length), ("leg", legs, outfit.leg_length)):
+        if cloth is not None and skin is not None:
+            tally.add(f"{task}.length", length(texture, limb_masks[name], cloth, skin) == told)
 
 
 def held_out_paintings(count: int) -> list[tuple[Outfit, Painting]]:
+    """Outfits that training never sees, painted at SIZE."""
     rng = np.random.default_rng(SEED)
     outfits = [sample_outfit(rng, held_out=True) for _ in range(count)]
     return [(outfit, paint(outfit, SEED + index, SIZE)) for index, outfit in enumerate(outfits)]
@@ -211,6 +191,7 @@ def held_out_paintings(count: int) -> list[tuple[Outfit, Painting]]:
 
 @torch.no_grad()
 def evaluate(trained: TrainedModel, limit: int) -> dict:
+    """The measures that evaluate.py explains, of `limit` prompts and as many pictures, nested by name."""
     tally, limb_masks, truths = Tally(), limbs(), held_out_paintings(limit)
     rng = np.random.default_rng(SEED + 1)
     trained_on = [sample_outfit(rng) for _ in range(FITTED_TO)]
@@ -239,8 +220,9 @@ def evaluate(trained: TrainedModel, limit: int) -> dict:
         score(tally, "i2uv", outfit, painting, texture, classifier, limb_masks)
         score_pixels(tally, painting, seen, texture)
     others = pictures[1:] + pictures[:1]  # each prompt with the next person's picture
+    quarter = math.ceil(limit / 4)
     for weight in IMG_WEIGHTS if limit > 1 else ():
-        states = [blend(text, picture, weight) for text, picture in zip(prompts, others)][: -(-limit // 4)]
+        states = [blend(prompt, other, weight) for prompt, other in zip(prompts[:quarter], others)]
         for index, texture in enumerate(textures_from(trained, states, f"both at {weight}")):
             score_both(tally, weight, truths[index], truths[(index + 1) % limit], texture)
     return tally.nested()
@@ -249,15 +231,20 @@ def evaluate(trained: TrainedModel, limit: int) -> dict:
 @torch.no_grad()
 def autoencoded(trained: TrainedModel, paintings: list[tuple[Outfit, Painting]]) -> list[Tensor]:
     """The true textures through the autoencoder and back: the best that any latents can look like."""
-    base, found = trained.base, []
-    side = base.native_resolution
-    for start in tqdm(range(0, len(paintings), 8), "autoencoder"):
-        textures = [fill_outside(p.texture[:3], p.texture[3] > 0) for _, p in paintings[start : start + 8]]
-        pixels = F.interpolate(torch.stack(textures), size=(side, side), mode="bilinear", antialias=True) * 2 - 1
-        mean, _ = encode_posterior(base.vae, pixels.to(base.device))
+    base, decoded_textures = trained.base, []
+    for start in tqdm(range(0, len(paintings), ROWS_AT_ONCE), "autoencoder"):
+        textures = [painting.texture for _, painting in paintings[start : start + ROWS_AT_ONCE]]
+        filled = torch.stack([fill_outside(texture[:3], texture[3] > 0) for texture in textures])
+        pixel_values = resized(filled, base.native_resolution) * 2 - 1
+        mean, _ = encode_posterior(base.vae, pixel_values.to(base.device))
         decoded = decode_latents(base.vae, mean * base.vae.config.scaling_factor).cpu()
-        found += [*F.interpolate((decoded + 1) / 2, size=(SIZE, SIZE), mode="bilinear", antialias=True)]
-    return found
+        decoded_textures += resized((decoded + 1) / 2, SIZE)
+    return decoded_textures
+
+
+def resized(textures: Tensor, side: int) -> Tensor:
+    """(B, 3, H, W) → (B, 3, side, side)"""
+    return F.interpolate(textures, size=(side, side), mode="bilinear", antialias=True)
 
 
 def score_pixels(tally: Tally, painting: Painting, seen: Tensor, texture: Tensor) -> None:
@@ -274,24 +261,25 @@ def score_pixels(tally: Tally, painting: Painting, seen: Tensor, texture: Tensor
 
 def score_both(tally: Tally, weight: float, told, shown, texture: Tensor) -> None:
     """Whose colour a region has, the told outfit's or the shown one's, where the two differ."""
-    (first, painting), (second, _) = told, shown
-    named, pictured = colours_named(first), colours_named(second)
-    for region in named.keys() & pictured.keys():
+    (told_outfit, painting), (shown_outfit, _) = told, shown
+    told_words, shown_words = colours_named(told_outfit), colours_named(shown_outfit)
+    measure = f"both.img_weight_{weight}.text_wins".replace("0.", "0_")
+    for region in told_words.keys() & shown_words.keys():
+        words = (told_words[region], shown_words[region])
         colour = region_colour(texture, painting, REGIONS[region])
-        if named[region] != pictured[region] and colour is not None:
-            palette = words_for(region)
-            found = nearest_word(colour, {word: palette[word] for word in (named[region], pictured[region])})
-            tally.add(f"both.img_weight_{weight}.text_wins".replace("0.", "0_"), found == named[region])
+        if words[0] != words[1] and colour is not None:
+            nearest = nearest_word(colour, {word: words_for(region)[word] for word in words})
+            tally.add(measure, nearest == words[0])
 
 
 def score_sentences(tally: Tally, trained: TrainedModel) -> None:
     """Colours of SENTENCES, over what every garment covers."""
     neutral = paint(Outfit("white", "man", "white", "t-shirt", "black", "shorts", "black"), SEED, SIZE)
     states = [condition(trained, sentence, None, 0) for sentence, _ in SENTENCES]
-    for (_, named), texture in zip(SENTENCES, textures_from(trained, states, "sentences")):
-        for region, word in named.items():
-            found = nearest_word(region_colour(texture, neutral, REGIONS[region]), words_for(region))
-            tally.add("sentences.color", found == word)
+    for (_, words), texture in zip(SENTENCES, textures_from(trained, states, "sentences")):
+        for region, word in words.items():
+            colour = region_colour(texture, neutral, REGIONS[region])
+            tally.add("sentences.color", nearest_word(colour, words_for(region)) == word)
 
 
 def view_of(painting: Painting, index: int) -> tuple[Image.Image, Tensor]:
@@ -301,23 +289,25 @@ def view_of(painting: Painting, index: int) -> tuple[Image.Image, Tensor]:
     picture, view = render_texture(rig, texture, Render(full_body=1), SEED, index, [0], height, width)[0]
     vertices = rig.vertices([view])
     cameras = frame_bodies(vertices, [view], width / height)
-    shown = rasterize(vertices, rig.body.faces, cameras, height, width).face
-    under = rasterize_uv(rig.body, SIZE)  # the texels' faces
+    shown_faces = rasterize(vertices, rig.body.faces, cameras, height, width).face
+    texels = rasterize_uv(rig.body, SIZE)
     seen = torch.zeros(SIZE * SIZE, dtype=torch.bool)
-    seen[under.pixel] = torch.isin(under.face, shown)
+    seen[texels.pixel] = torch.isin(texels.face, shown_faces)
     return image_from_pixels(picture), seen.view(SIZE, SIZE)
 
 
 def textures_from(trained: TrainedModel, states: list[Tensor], name: str) -> Tensor:
     """encoder_hidden_states (1, L, D) each → textures (B, 3, SIZE, SIZE) in [0, 1], each from its own seed."""
-    cfg, device, made = trained.cfg, trained.base.device, []
-    image_scale = cfg.inference.image_guidance_scale if name == "i2uv" else None  # of a picture alone
+    cfg, device, settings = trained.cfg, trained.base.device, trained.cfg.inference
+    guidance_scale = settings.guidance_scale
+    if name == "i2uv":  # of a picture alone
+        guidance_scale = settings.image_guidance_scale or guidance_scale
+    batches = []
     with autocast(device, resolve_precision(cfg.training.mixed_precision, device)):
-        for start in tqdm(range(0, len(states), 8), name):
-            rows = torch.cat(states[start : start + 8])
-            made.append(generate(
-                trained, rows, cfg.inference.negative_prompt, [SEED + start + row for row in range(len(rows))],
-                cfg.inference.num_inference_steps, image_scale or cfg.inference.guidance_scale,
-            ).cpu())  # fmt: skip
-    textures = F.interpolate(torch.cat(made), size=(SIZE, SIZE), mode="bilinear", antialias=True)
-    return (textures + 1) / 2
+        for start in tqdm(range(0, len(states), ROWS_AT_ONCE), name):
+            encoder_hidden_states = torch.cat(states[start : start + ROWS_AT_ONCE])
+            seeds = [SEED + start + row for row in range(len(encoder_hidden_states))]
+            steps, negative = settings.num_inference_steps, settings.negative_prompt
+            textures = generate(trained, encoder_hidden_states, negative, seeds, steps, guidance_scale)
+            batches.append(textures.cpu())
+    return (resized(torch.cat(batches), SIZE) + 1) / 2

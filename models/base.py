@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 from common.errors import UserError, reason
 from common.files import PROJECT_ROOT
 
-transformers_logging.set_verbosity_error()  # loading a part of CLIP is meant, not worth a report
+transformers_logging.set_verbosity_error()  # loading one tower of CLIP is meant, not worth a report
 transformers_logging.disable_progress_bar()
 
 
@@ -47,8 +47,9 @@ class BaseModel:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def modules(self) -> dict[str, torch.nn.Module]:
-        found = {name: getattr(self, name) for name in ("unet", "vae", "text_encoder", "image_encoder")}
-        return {name: module for name, module in found.items() if module is not None}
+        """By name; without the image encoder where the base has none."""
+        modules = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
+        return modules if self.image_encoder is None else {**modules, "image_encoder": self.image_encoder}
 
 
 def resolve_source(name: str) -> str:
@@ -87,7 +88,7 @@ def load_base(
     pretrained_model: a folder in the diffusers layout or a hub name. image_encoder: a CLIP vision model's folder
     or hub name; None means `image_encoder/` and `feature_extractor/` inside pretrained_model, if it has them.
     dtype: of the frozen weights. zero_terminal_snr: the noise schedule is rescaled to end in pure noise. Raises
-    UserError when a part is missing or unreadable.
+    UserError when a component is missing or unreadable.
     """
     source = resolve_source(pretrained_model)
     if attention == "xformers":
@@ -98,16 +99,18 @@ def load_base(
             return cls.from_pretrained(name, subfolder=folder, **options)
         except Exception as error:  # these libraries raise many kinds for a missing, damaged or private file
             raise UserError(
-                f"cannot load {folder or 'the image encoder'} of {name} ({reason(error)}); set model.pretrained_model "
-                "and model.image_encoder to diffusers and transformers folders, or to hub names you can reach"
+                f"cannot load {folder or 'the image encoder'} of {name} ({reason(error)}); set "
+                "model.pretrained_model and model.image_encoder to diffusers and transformers folders, or to hub "
+                "names you can reach"
             ) from error
 
     vision = processor = None
     if image_encoder is not None:
         name = resolve_source(image_encoder)
         vision = load(CLIPVisionModel, name, dtype=dtype)
-        is_bare = Path(name).is_dir() and not (Path(name) / "preprocessor_config.json").exists()  # TexDreamer's
-        processor = CLIPImageProcessorPil() if is_bare else load(CLIPImageProcessorPil, name)
+        # TexDreamer's folder has weights alone: its pictures go through CLIP's own defaults.
+        lacks_processor = Path(name).is_dir() and not (Path(name) / "preprocessor_config.json").exists()
+        processor = CLIPImageProcessorPil() if lacks_processor else load(CLIPImageProcessorPil, name)
     elif (Path(source) / "image_encoder").is_dir():
         vision = load(CLIPVisionModel, folder="image_encoder", dtype=dtype)
         processor = load(CLIPImageProcessorPil, folder="feature_extractor")

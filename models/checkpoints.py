@@ -26,9 +26,14 @@ EMBEDDED_CHECKPOINT = PROJECT_ROOT / "embedded" / "checkpoint"  # joint training
 
 
 def save_checkpoint(
-    folder: Path, cfg: Config, task: str, global_step: int, base: BaseModel, aligner: nn.Module | None,
+    folder: Path,
+    cfg: Config,
+    task: str,
+    global_step: int,
+    base: BaseModel,
+    aligner: nn.Module | None,
     state: dict | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Writes LoRA, aligner (unless None), the resolved configuration, the step, and what resuming needs (unless None).
 
     Raises UserError on NaN weights or a full disk: no half checkpoint is left, and earlier ones stay.
@@ -36,8 +41,10 @@ def save_checkpoint(
     trained = lora_parameters(base.unet) + lora_parameters(base.text_encoder)
     trained += list(aligner.parameters()) if aligner else []
     if not all_finite(trained):
-        raise UserError(f"weights at step {global_step} are not finite: {folder} is not written, earlier checkpoints "
-                        "are whole; lower the learning rate")  # fmt: skip
+        raise UserError(
+            f"weights at step {global_step} are not finite: {folder} is not written, earlier checkpoints are whole; "
+            "lower the learning rate"
+        )
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -98,9 +105,9 @@ def load_state(folder: Path, cfg: Config, task: str) -> dict:
     for key, (before, after) in pairs.items():
         if before != after:
             changed = [name for name in after if before[name] != after[name]] if isinstance(after, dict) else []
-            name = ".".join([key, *changed[:1]])
-            before, after = (part[changed[0]] if changed else part for part in (before, after))
-            raise UserError(f"{folder} was trained with {name} {before}, not {after}; resume with the same settings")
+            if changed:
+                key, before, after = f"{key}.{changed[0]}", before[changed[0]], after[changed[0]]
+            raise UserError(f"{folder} was trained with {key} {before}, not {after}; resume with the same settings")
     try:
         state = torch.load(folder / RESUME_FILE, map_location="cpu", weights_only=True)
         saved_task = json.loads((folder / STATE_FILE).read_text())["task"]
@@ -116,13 +123,13 @@ def newest_checkpoint(out_dir: str | Path) -> Path:
 
     Raises UserError when there is none.
     """
-    found = [path.parent for path in Path(out_dir).glob(f"*/*/{STATE_FILE}") if not path.parent.name.startswith(".")]
-    if not found and Path(out_dir) == Path(Output().out_dir) and (EMBEDDED_CHECKPOINT / LORA_FILE).exists():
+    folders = [file.parent for file in Path(out_dir).glob(f"*/*/{STATE_FILE}") if file.parent.name[0] != "."]
+    if not folders and Path(out_dir) == Path(Output().out_dir) and (EMBEDDED_CHECKPOINT / LORA_FILE).exists():
         print(f"no checkpoint under {out_dir} yet: using the embedded one", file=sys.stderr)
         return EMBEDDED_CHECKPOINT
-    if not found:
+    if not folders:
         raise UserError(f"no checkpoint under {out_dir}; train one with 'python joint.py' or give --checkpoint DIR")
-    return max(found, key=lambda path: (path / STATE_FILE).stat().st_mtime)
+    return max(folders, key=lambda folder: (folder / STATE_FILE).stat().st_mtime)
 
 
 def load_aligner(path: Path, settings, base: BaseModel) -> nn.Module:
@@ -141,11 +148,12 @@ def load_aligner(path: Path, settings, base: BaseModel) -> nn.Module:
         raise UserError(f"cannot read aligner {path}: {reason(error)}") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path} is not a state dict of tensors")
-    kind = "pooled" if "cls_token" in state else "query"
+    is_pooled = "cls_token" in state
     layers = 1 + max((int(key.split(".")[2]) for key in state if key.startswith("i2t.layers.")), default=0)
     # No state dict tells its number of heads: ours is in the metadata, the seed's pooled aligner has 8.
-    heads = int(metadata.get("heads", 8 if kind == "pooled" else settings.heads))
-    aligner = make_aligner(settings.model_copy(update={"kind": kind, "layers": layers, "heads": heads}), base)
+    heads = int(metadata.get("heads", 8 if is_pooled else settings.heads))
+    own_settings = {"kind": "pooled" if is_pooled else "query", "layers": layers, "heads": heads}
+    aligner = make_aligner(settings.model_copy(update=own_settings), base)
     try:
         aligner.load_state_dict(state)
     except RuntimeError as error:

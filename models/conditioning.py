@@ -4,6 +4,8 @@ Both give encoder_hidden_states of one shape, (B, L, D), L the tokens of a promp
 so that text, image and any blend of the two enter the UNet alike.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -53,10 +55,11 @@ def make_aligner(settings, base: BaseModel) -> nn.Module:
     if base.image_encoder is None:
         raise UserError("this base has no image encoder; set model.image_encoder to a CLIP vision model")
     image_dim, context_dim = base.image_encoder.config.hidden_size, base.unet.config.cross_attention_dim
-    attended = context_dim if settings.kind == "query" else image_dim
-    if attended % settings.heads:
+    attention_width = context_dim if settings.kind == "query" else image_dim
+    if attention_width % settings.heads:
         raise UserError(
-            f"model.aligner.heads: {settings.heads} does not divide the {settings.kind} aligner's width {attended}"
+            f"model.aligner.heads: {settings.heads} does not divide the {settings.kind} aligner's width "
+            f"{attention_width}"
         )
     if settings.kind == "pooled":
         aligner = PooledAligner(image_dim, context_dim, base.context_tokens, settings.heads)
@@ -88,8 +91,11 @@ def encode_long_prompt(base: BaseModel, prompt: str) -> Tensor:
     """A prompt of any length → encoder_hidden_states (1, n * L, D): what is over the limit goes through the text
     encoder in further pieces of the same length, whose states follow one another in the UNet's context."""
     tokenizer, length = base.tokenizer, base.context_tokens
-    marked = [[tokenizer.bos_token_id, *piece, tokenizer.eos_token_id] for piece in prompt_pieces(base, prompt)]
-    input_ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in marked])
+    rows = []
+    for piece in prompt_pieces(base, prompt):
+        marked = [tokenizer.bos_token_id, *piece, tokenizer.eos_token_id]
+        rows.append(marked + [tokenizer.pad_token_id] * (length - len(marked)))
+    input_ids = torch.tensor(rows)
     states = base.text_encoder(input_ids.to(base.device)).last_hidden_state.float()
     return states.flatten(0, 1)[None]
 
@@ -97,8 +103,8 @@ def encode_long_prompt(base: BaseModel, prompt: str) -> Tensor:
 def same_length(*states: Tensor) -> list[Tensor]:
     """(B, L, D) each, the longest a multiple of the others: repeats the shorter, which changes nothing they say, since
     attention weighs each copy alike."""
-    longest = max(part.shape[1] for part in states)
-    return [part.repeat(1, longest // part.shape[1], 1) for part in states]
+    longest = max(condition.shape[1] for condition in states)
+    return [condition.repeat(1, longest // condition.shape[1], 1) for condition in states]
 
 
 def picture_size(base: BaseModel, shape: tuple[int, int], image_size: int | None) -> tuple[int, int]:
@@ -109,7 +115,8 @@ def picture_size(base: BaseModel, shape: tuple[int, int], image_size: int | None
         return own, own
     if image_size % patch:
         raise UserError(f"model.image_size {image_size} is not a multiple of {patch}, the image encoder's patches")
-    height, width = (max(patch, -(-image_size * side // (max(shape) * patch)) * patch) for side in shape)
+    patches = (math.ceil(image_size * side / (max(shape) * patch)) for side in shape)
+    height, width = (max(1, count) * patch for count in patches)
     return height, width
 
 

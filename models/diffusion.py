@@ -18,9 +18,12 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 SAMPLERS = {
-    "dpmsolver++": DPMSolverMultistepScheduler, "euler_a": EulerAncestralDiscreteScheduler, "ddim": DDIMScheduler,
-    "pndm": PNDMScheduler, "unipc": UniPCMultistepScheduler,
-}  # fmt: skip
+    "dpmsolver++": DPMSolverMultistepScheduler,
+    "euler_a": EulerAncestralDiscreteScheduler,
+    "ddim": DDIMScheduler,
+    "pndm": PNDMScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
 
 
 def cpu_has_bf16() -> bool:
@@ -105,11 +108,20 @@ def inference_scheduler(noise_scheduler, sampler: str = "auto"):
 
 @torch.no_grad()
 def sample_latents(
-    unet, noise_scheduler, conditions: list[tuple[Tensor, float]], negative_hidden_states: Tensor, noise: Tensor,
-    num_inference_steps: int, sampler: str = "auto", eta: float = 0.0, seeds: list[int] | None = None,
-    init_latents: Tensor | None = None, strength: float = 1.0, mask: Tensor | None = None,
+    unet,
+    noise_scheduler,
+    conditions: list[tuple[Tensor, float]],
+    negative_hidden_states: Tensor,
+    noise: Tensor,
+    num_inference_steps: int,
+    sampler: str = "auto",
+    eta: float = 0.0,
+    seeds: list[int] | None = None,
+    init_latents: Tensor | None = None,
+    strength: float = 1.0,
+    mask: Tensor | None = None,
     on_step: Callable[[], None] = lambda: None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Denoises with classifier-free guidance from one condition or several (Ho & Salimans 2022; composed as in Liu et
     al. 2022): negative + sum of scale · (condition - negative), all in one UNet batch.
 
@@ -124,31 +136,32 @@ def sample_latents(
     timesteps = scheduler.timesteps
     latents = noise * scheduler.init_noise_sigma
     if init_latents is not None and strength < 1:
-        first = len(timesteps) - max(1, round(strength * len(timesteps)))
-        timesteps = timesteps[first:]
+        first_step = len(timesteps) - max(1, round(strength * len(timesteps)))
+        timesteps = timesteps[first_step:]
         if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(first)
+            scheduler.set_begin_index(first_step)
         latents = scheduler.add_noise(init_latents, noise, timesteps[:1].expand(len(noise)))
-    options = {}
+    step_options = {}
     accepted = inspect.signature(scheduler.step).parameters
     if "eta" in accepted:
-        options["eta"] = eta
+        step_options["eta"] = eta
     if "generator" in accepted and seeds is not None:
-        options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+        step_options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
     scales = [scale for _, scale in conditions]
     guided = scales != [1]
     states = [states for states, _ in conditions]
     context = torch.cat([negative_hidden_states, *states] if guided else states)
     for timestep in timesteps:
         if mask is not None:
-            known = scheduler.add_noise(init_latents, noise, timestep[None].expand(len(noise)))
-            latents = mask * latents + (1 - mask) * known
+            noisy_start = scheduler.add_noise(init_latents, noise, timestep[None].expand(len(noise)))
+            latents = mask * latents + (1 - mask) * noisy_start
         model_input = scheduler.scale_model_input(latents, timestep)
         model_input = model_input.repeat(len(context) // len(latents), 1, 1, 1)
         noise_pred = unet(model_input.to(unet.dtype), timestep, context.to(unet.dtype)).sample.float()
         if guided:
             negative, *positives = noise_pred.split(len(latents))
-            noise_pred = negative + sum(scale * (positive - negative) for scale, positive in zip(scales, positives))
-        latents = scheduler.step(noise_pred, timestep, latents, **options).prev_sample
+            pulls = (scale * (positive - negative) for scale, positive in zip(scales, positives))
+            noise_pred = negative + sum(pulls)
+        latents = scheduler.step(noise_pred, timestep, latents, **step_options).prev_sample
         on_step()
     return latents if mask is None else mask * latents + (1 - mask) * init_latents

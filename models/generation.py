@@ -72,26 +72,36 @@ def unit_noise(trained: TrainedModel, seeds: list[int]) -> Tensor:
 
 
 def generate(
-    trained: TrainedModel, encoder_hidden_states: Tensor, negative_prompt: str, seeds: list[int],
-    num_inference_steps: int, guidance_scale: float, **options,
-) -> Tensor:  # fmt: skip
+    trained: TrainedModel,
+    encoder_hidden_states: Tensor,
+    negative_prompt: str,
+    seeds: list[int],
+    num_inference_steps: int,
+    guidance_scale: float,
+    **options,
+) -> Tensor:
     """encoder_hidden_states: (B, L, D), a seed a row → textures (B, 3, R, R) in [-1, 1]. options: of sample_latents."""
-    return generate_guided(
-        trained, [(encoder_hidden_states, guidance_scale)], negative_prompt, seeds, num_inference_steps, **options
-    )
+    conditions = [(encoder_hidden_states, guidance_scale)]
+    return generate_guided(trained, conditions, negative_prompt, seeds, num_inference_steps, **options)
 
 
 def generate_guided(
-    trained: TrainedModel, conditions: list[tuple[Tensor, float]], negative_prompt: str, seeds: list[int],
-    num_inference_steps: int, **options,
-) -> Tensor:  # fmt: skip
+    trained: TrainedModel,
+    conditions: list[tuple[Tensor, float]],
+    negative_prompt: str,
+    seeds: list[int],
+    num_inference_steps: int,
+    **options,
+) -> Tensor:
     """The same from several conditions, each (B, L, D) with a guidance scale of its own."""
     base = trained.base
-    negative, *states = same_length(encode_prompts(base, [negative_prompt]), *(states for states, _ in conditions))
+    states, scales = zip(*conditions)
+    negative, *states = same_length(encode_prompts(base, [negative_prompt]), *states)
+    negative, noise = negative.expand_as(states[0]), unit_noise(trained, seeds)
+    guided = list(zip(states, scales))
     latents = sample_latents(
-        base.unet, base.noise_scheduler, [(part, scale) for part, (_, scale) in zip(states, conditions)],
-        negative.expand_as(states[0]), unit_noise(trained, seeds), num_inference_steps, seeds=seeds, **options,
-    )  # fmt: skip
+        base.unet, base.noise_scheduler, guided, negative, noise, num_inference_steps, seeds=seeds, **options
+    )
     return decode_latents(base.vae, latents)
 
 

@@ -22,13 +22,24 @@ LAYOUTS = (
     f"{CONFIG_FILE} and {LORA_FILE} (ours), unet/adapter_config.json (TexDreamer), adapter_config.json (PEFT), "
     f"{LORA_FILE} or a .safetensors file (diffusers LoRA), model_index.json (a whole pipeline)"
 )
+# What a folder of each layout has; the first that fits is taken.
+FILES_OF_LAYOUT = {
+    "ours": (CONFIG_FILE, LORA_FILE),
+    "texdreamer": ("unet/adapter_config.json",),
+    "peft": ("adapter_config.json",),
+    "diffusers": (LORA_FILE,),
+    "pipeline": ("model_index.json",),
+}
 # How TexDreamer's own inference code calls its models (Liu et al. 2024).
 TEXDREAMER = {
     "model.prompt_template": "hutex, {prompt}, natural lighting, photo-realistic, 4k",
     "inference.negative_prompt": "overexposed, shadow, reflection, low quality, teeth, open mouth, eyes closed",
-    "inference.num_inference_steps": 32, "inference.guidance_scale": 7.5, "inference.image_guidance_scale": 2.0,
-    "inference.sampler": "euler_a", "data.resolution": 1024,
-}  # fmt: skip
+    "inference.num_inference_steps": 32,
+    "inference.guidance_scale": 7.5,
+    "inference.image_guidance_scale": 2.0,
+    "inference.sampler": "euler_a",
+    "data.resolution": 1024,
+}
 
 
 def layout_of(path: Path) -> str:
@@ -39,14 +50,11 @@ def layout_of(path: Path) -> str:
         if path.suffix == ".safetensors":
             return "diffusers"
         raise UserError(f"{path} is no checkpoint: of single files only a .safetensors LoRA is read")
-    for name, files in (
-        ("ours", (CONFIG_FILE, LORA_FILE)), ("texdreamer", ("unet/adapter_config.json",)),
-        ("peft", ("adapter_config.json",)), ("diffusers", (LORA_FILE,)), ("pipeline", ("model_index.json",)),
-    ):  # fmt: skip
+    for name, files in FILES_OF_LAYOUT.items():
         if all((path / file).is_file() for file in files):
             return name
-    found = sorted(child.name + "/" * child.is_dir() for child in path.iterdir())
-    listed = ", ".join(found[:8]) + (" ..." if len(found) > 8 else "") if found else "nothing"
+    content = sorted(child.name + "/" * child.is_dir() for child in path.iterdir())
+    listed = (", ".join(content[:8]) or "nothing") + (" ..." if len(content) > 8 else "")
     raise UserError(f"{path} is no checkpoint: found {listed}; expected one of {LAYOUTS}")
 
 

@@ -25,7 +25,7 @@ from render.uv_space import texture_pixels
 SIZE = 512  # texels, of the card's textures
 
 CARD = """---
-{data}
+{front_matter}
 ---
 
 # {title}
@@ -48,26 +48,27 @@ The LoRA file loads in `StableDiffusionPipeline.load_lora_weights` as well; prom
 
 {figures}
 """
+FIGURES = "From `evaluate.py`:\n\n| measure | value |\n| --- | --- |\n{rows}"
 
 
 def read_metrics(path: str | None) -> dict[str, float]:
     """The last line of what evaluate.py printed → {"t2uv.color.top": 0.9, ...}; {} for None."""
     if path is None:
         return {}
-    flat = {}
+    figures = {}
 
-    def walk(part: dict, prefix: str) -> None:
-        for name, value in part.items():
+    def flatten(section: dict, prefix: str) -> None:
+        for name, value in section.items():
             if isinstance(value, dict):
-                walk(value, f"{prefix}{name}.")
+                flatten(value, f"{prefix}{name}.")
             else:
-                flat[prefix + name] = float(value)
+                figures[prefix + name] = float(value)
 
     try:
-        walk(json.loads(Path(path).read_text().strip().splitlines()[-1]), "")
+        flatten(json.loads(Path(path).read_text().strip().splitlines()[-1]), "")
     except (OSError, ValueError, IndexError, AttributeError, TypeError) as error:
         raise UserError(f"cannot read metrics {path} ({reason(error)}); give what evaluate.py printed") from None
-    return flat
+    return figures
 
 
 def write_card(
@@ -75,29 +76,41 @@ def write_card(
 ) -> None:
     """Writes out/README.md and its pictures; folder: the checkpoint."""
     cfg, state = pipeline.trained.cfg, json.loads((folder / STATE_FILE).read_text())
-    prompts, widget, pictures = cfg.output.sample_prompts or ["a woman in a red dress"], [], []
+    prompts = cfg.output.sample_prompts or ["a woman in a red dress"]
+    widget, pictures = [], []
     for number, prompt in enumerate(prompts):
         (texture,) = pipeline(prompt=prompt, size=SIZE)
-        filled = (texture_pixels(texture, SIZE) + 1) / 2
+        sheet = contact_sheet(pipeline.body, (texture_pixels(texture, SIZE) + 1) / 2)
         write_whole(out / f"texture-{number}.png", encode_image(texture, format="PNG"))
-        write_whole(out / f"body-{number}.png", encode_image(contact_sheet(pipeline.body, filled), format="PNG"))
+        write_whole(out / f"body-{number}.png", encode_image(sheet, format="PNG"))
         widget.append({"text": prompt, "output": {"url": f"texture-{number}.png"}})
         pictures.append(f"*{prompt}*\n\n![texture](texture-{number}.png)\n\n![body](body-{number}.png)")
-    is_hub_name = not Path(cfg.model.pretrained_model).is_absolute() and cfg.model.pretrained_model.count("/") == 1
-    data = ModelCardData(
-        license=licence, library_name="diffusers", pipeline_tag="text-to-image", widget=widget,
-        base_model=cfg.model.pretrained_model if is_hub_name else None,
+    base = cfg.model.pretrained_model
+    is_hub_name = not Path(base).is_absolute() and base.count("/") == 1
+    front_matter = ModelCardData(
+        license=licence,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        widget=widget,
+        base_model=base if is_hub_name else None,
         tags=["lora", "uv-texture", "human", "text-to-image", "image-to-image"],
-    )  # fmt: skip
+    )
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in metrics.items())
     card = CARD.format(
-        data=data.to_yaml(), title=title, aligner=" and an aligner of pictures" if pipeline.trained.aligner else "",
-        base=Path(cfg.model.pretrained_model).name if not is_hub_name else cfg.model.pretrained_model,
-        dataset=Path(cfg.data.dataset).name, steps=state["global_step"], task=state["task"],
-        pictures="\n\n".join(pictures), prompt=prompts[0], template=cfg.model.prompt_template,
-        body=pipeline.body_spec.partition(":")[0], licence=licence,
-        figures=f"From `evaluate.py`:\n\n| measure | value |\n| --- | --- |\n{rows}" if rows else "Not measured.",
-    )  # fmt: skip
+        front_matter=front_matter.to_yaml(),
+        title=title,
+        aligner=" and an aligner of pictures" if pipeline.trained.aligner else "",
+        base=base if is_hub_name else Path(base).name,
+        dataset=Path(cfg.data.dataset).name,
+        steps=state["global_step"],
+        task=state["task"],
+        pictures="\n\n".join(pictures),
+        prompt=prompts[0],
+        template=cfg.model.prompt_template,
+        body=pipeline.body_spec.partition(":")[0],
+        licence=licence,
+        figures=FIGURES.format(rows=rows) if rows else "Not measured.",
+    )
     write_whole(out / "README.md", card.encode())
 
 
@@ -112,14 +125,14 @@ def main():
     with exit_on_user_error():
         metrics = read_metrics(args.metrics)
         folder = args.checkpoint or newest_checkpoint(load_config(DEFAULT_CONFIG).output.out_dir)
-        kept = [name for name in (LORA_FILE, ALIGNER_FILE, CONFIG_FILE, STATE_FILE) if (folder / name).is_file()]
-        if not {LORA_FILE, CONFIG_FILE, STATE_FILE} <= set(kept):
-            raise UserError(f"{folder} is no checkpoint of this project: it needs {LORA_FILE}, {CONFIG_FILE} and "
-                            f"{STATE_FILE}")  # fmt: skip
+        needed = (LORA_FILE, CONFIG_FILE, STATE_FILE)
+        if not all((folder / name).is_file() for name in needed):
+            raise UserError(f"{folder} is no checkpoint of this project: it needs {', '.join(needed)}")
         pipeline = TexturePipeline.from_pretrained(folder)
         check_writable(args.out)
-        for name in kept:
-            shutil.copyfile(folder / name, args.out / name)
+        for name in (*needed, ALIGNER_FILE):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, args.out / name)
         title = Path(args.push_to_hub or args.out).name
         write_card(pipeline, folder, args.out, title, args.licence, metrics)
         print(args.out / "README.md")

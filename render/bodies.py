@@ -6,15 +6,19 @@ texture is v = 1.
 
 import functools
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.errors import UserError, reason
+from common.errors import UserError
+from common.text import read_text
+
+EXPECTED = "give an OBJ mesh with UVs (v, vt and f a/b)"
+OVERHANG = 1e-3  # of a UV square, a texel of 1024: rounded or padded UVs may stand out by so much
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,11 @@ class Body:
     @functools.cached_property
     def is_closed(self) -> bool:
         """Each edge joins two triangles and the surface looks outwards: from outside, no back face is ever seen."""
-        ends = torch.cat([self.faces[:, [0, 1]], self.faces[:, [1, 2]], self.faces[:, [2, 0]]])
-        forth, back = (ends[:, a] * len(self.vertices) + ends[:, b] for a, b in ((0, 1), (1, 0)))
+        start, end = torch.cat([self.faces[:, [0, 1]], self.faces[:, [1, 2]], self.faces[:, [2, 0]]]).unbind(1)
+        edges, reversed_edges = start * len(self.vertices) + end, end * len(self.vertices) + start
         a, b, c = self.vertices[self.faces].unbind(1)
         volume = (a * torch.linalg.cross(b, c)).sum()
-        return torch.equal(forth.unique(), back.sort().values) and volume.item() > 0
+        return torch.equal(edges.unique(), reversed_edges.sort().values) and volume.item() > 0
 
 
 @functools.lru_cache(maxsize=1)
@@ -77,41 +81,93 @@ def read_obj(path: str) -> Body:
     """Wavefront OBJ with texture coordinates; polygons become triangle fans.
 
     Read here and not by a mesh library because those split vertices along UV seams, which breaks smooth
-    normals and hides which texels face each other across a seam.
+    normals and hides which texels face each other across a seam. UVs that all lie in one other square than
+    [0, 1] are moved there by whole numbers, as textures repeat. Raises UserError for what cannot be read and
+    for UVs in several squares.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read mesh {path}: {reason(error)}; give the path of an .obj file") from None
+        text = read_text(path, errors="replace")  # names and comments may be in any encoding
+    except UserError as error:
+        raise UserError(f"cannot read mesh {str(error).removeprefix('cannot read ')}; {EXPECTED}") from None
     vertices, uvs, faces, uv_faces = [], [], [], []
-    for number, line in enumerate(lines, 1):
+    for number, line in _obj_lines(text):
         kind, *fields = line.split() or [""]
         try:
-            if kind == "v":
-                vertices.append([float(field) for field in fields[:3]])
-            elif kind == "vt":
-                uvs.append([float(field) for field in fields[:2]])
+            if kind == "v":  # colours or a weight may follow
+                vertices.append(_numbers(fields, 3))
+            elif kind == "vt":  # a depth may follow
+                uvs.append(_numbers(fields, 2))
             elif kind == "f":
-                corners = [[int(index) for index in field.split("/")[:2]] for field in fields]
-                if any(len(corner) < 2 for corner in corners):
-                    raise ValueError("a face has no texture coordinates")
+                corners = [_corner(field, len(vertices), len(uvs)) for field in fields]
+                if len(corners) < 3:
+                    raise ValueError(f"a face of {len(corners)} corners")
                 for a, b in pairwise(corners[1:]):
-                    triangle = [corners[0], a, b]
-                    faces.append([v - 1 if v > 0 else len(vertices) + v for v, _ in triangle])
-                    uv_faces.append([t - 1 if t > 0 else len(uvs) + t for _, t in triangle])
+                    triangle = (corners[0], a, b)
+                    faces.append([vertex for vertex, _ in triangle])
+                    uv_faces.append([uv for _, uv in triangle])
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}; give an OBJ mesh with UVs (v, vt and f a/b)") from None
+            raise UserError(f"{path}, line {number}: {error}; {EXPECTED}") from None
     if not faces:
-        raise UserError(f"{path} holds no faces; give an OBJ mesh with UVs (v, vt and f a/b)")
-    if any(len(row) != 3 for row in vertices) or any(len(row) != 2 for row in uvs):
-        raise UserError(f"{path} has a vertex without 3 or a texture coordinate without 2 numbers")
-    body = Body(torch.tensor(vertices), torch.tensor(faces), torch.tensor(uvs), torch.tensor(uv_faces))
-    for indices, points, name in ((body.faces, body.vertices, "vertex"), (body.uv_faces, body.uvs, "UV")):
+        raise UserError(f"{path} holds no faces; {EXPECTED}")
+    faces, uv_faces = torch.tensor(faces), torch.tensor(uv_faces)
+    vertices, uvs = torch.tensor(vertices), torch.tensor(uvs, dtype=torch.float64)
+    for indices, points, name in ((faces, vertices, "vertex"), (uv_faces, uvs, "UV")):
         if indices.min() < 0 or indices.max() >= len(points):
             raise UserError(f"{path} has a face whose {name} index is outside the {len(points)} in the file")
         if not points.isfinite().all():
             raise UserError(f"{path} has a {name} that is not a finite number")
-    return body
+    return Body(vertices, faces, _in_unit_square(uvs, uv_faces, path).float(), uv_faces)
+
+
+def _obj_lines(text: str) -> Iterator[tuple[int, str]]:
+    """Numbered lines without comments; one that ends in a backslash goes on in the next."""
+    lines = enumerate((line.partition("#")[0].rstrip() for line in text.split("\n")), 1)
+    for number, line in lines:
+        while line.endswith("\\"):
+            _, continuation = next(lines, (0, ""))
+            line = f"{line[:-1]} {continuation}"
+        yield number, line
+
+
+def _numbers(fields: list[str], count: int) -> list[float]:
+    if len(fields) < count:
+        raise ValueError(f"{len(fields)} numbers, not {count}")
+    return [float(field) for field in fields[:count]]
+
+
+def _corner(field: str, vertex_count: int, uv_count: int) -> tuple[int, int]:
+    """ "v/vt", "v/vt/vn" → indices from 0. In the file they count from 1, negative ones back from the last so far."""
+    vertex, uv, *_ = (*field.split("/"), "")
+    if not uv:
+        holder = "a face of the mesh" if uv_count else "the mesh"
+        raise ValueError(f"{holder} has no texture coordinates (f {field})")
+    indices = []
+    for index, count in ((int(vertex), vertex_count), (int(uv), uv_count)):
+        if index == 0 or index < -count:
+            raise ValueError(f"f {field} names what does not stand above it")
+        indices.append(index - 1 if index > 0 else count + index)
+    return tuple(indices)
+
+
+def _in_unit_square(uvs: Tensor, uv_faces: Tensor, path: str) -> Tensor:
+    """uvs (T, 2) moved by whole numbers, so that those of the faces lie in [0, 1]; as they are if they do."""
+    corners = uvs[uv_faces]
+    low, high = corners.flatten(0, 1).amin(0), corners.flatten(0, 1).amax(0)
+    square = (low + OVERHANG).floor()
+    if (high <= square + 1 + OVERHANG).all():
+        return uvs - square
+    squares = (corners.amin(1) + OVERHANG).floor()
+    if (corners.amax(1) <= squares + 1 + OVERHANG).all():
+        count = len(squares.unique(dim=0))
+        raise UserError(
+            f"{path}: UDIM tiles (its UVs lie in {count} squares) are not supported: give a mesh whose UVs lie in one "
+            "square"
+        )
+    (left, bottom), (right, top) = low.tolist(), high.tolist()
+    raise UserError(
+        f"{path}: its UVs run from {left:.3g} to {right:.3g} and from {bottom:.3g} to {top:.3g}, over the edge of a "
+        "square: give a mesh whose UVs lie in one square"
+    )
 
 
 def vertex_normals(vertices: Tensor, faces: Tensor) -> Tensor:

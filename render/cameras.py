@@ -40,7 +40,8 @@ class Cameras:
 def look_at(eye: Tensor, target: Tensor, fov_degrees: Tensor) -> Cameras:
     """Cameras at eye (N, 3) that look at target (N, 3), y up; fov_degrees: (N,) vertical field of view."""
     forward = F.normalize(target - eye, dim=-1)
-    right = F.normalize(torch.linalg.cross(forward, torch.tensor([[0.0, 1.0, 0.0]]).to(eye).expand_as(eye)), dim=-1)
+    up = torch.tensor([[0.0, 1.0, 0.0]]).to(eye).expand_as(eye)
+    right = F.normalize(torch.linalg.cross(forward, up), dim=-1)
     down = torch.linalg.cross(forward, right)
     rotation = torch.stack([right, down, forward], dim=1)
     translation = -(rotation @ eye[..., None])[..., 0]
@@ -50,7 +51,8 @@ def look_at(eye: Tensor, target: Tensor, fov_degrees: Tensor) -> Cameras:
 def orbit_direction(azimuth: Tensor, elevation: Tensor) -> Tensor:
     """Degrees (N,) → unit vectors (N, 3) from a body towards the camera; azimuth 0 is in front, 90 on its left."""
     azimuth, elevation = torch.deg2rad(azimuth), torch.deg2rad(elevation)
-    return torch.stack([azimuth.sin() * elevation.cos(), elevation.sin(), azimuth.cos() * elevation.cos()], dim=-1)
+    level = elevation.cos()
+    return torch.stack([azimuth.sin() * level, elevation.sin(), azimuth.cos() * level], dim=-1)
 
 
 def orbit_cameras(
@@ -72,7 +74,7 @@ def orbit_cameras(
 def from_camera(cameras: Cameras, azimuth: Tensor, elevation: Tensor) -> Tensor:
     """Unit directions (N, 3) in the world, from angles (N,) in degrees seen from each camera: 0, 0 is behind it."""
     azimuth, elevation = torch.deg2rad(azimuth), torch.deg2rad(elevation)
-    towards = torch.stack(
-        [azimuth.sin() * elevation.cos(), -elevation.sin(), -azimuth.cos() * elevation.cos()], dim=-1
-    )  # camera axes: x right, y down, z forward
+    level = elevation.cos()
+    # In the camera's axes: x right, y down, z forward.
+    towards = torch.stack([azimuth.sin() * level, -elevation.sin(), -azimuth.cos() * level], dim=-1)
     return (towards[:, None] @ cameras.rotation)[:, 0]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pygltflib as gltf
 import torch
 from PIL import Image
 
@@ -20,7 +21,21 @@ from render.rigs import AnnyRig, StillRig
 from render.uv_space import texture_pixels
 
 SUFFIXES = (".glb", ".obj", ".usdz")
-INFLUENCES = 8  # bones that move a vertex, at most
+# Bones that move a vertex in a GLB, at most: Anny has up to 9. glTF asks no loader for more than 4, with which
+# vertices are up to 19 mm away in Anny's poses (0.1 on average); with 8 of which 4 are read, up to 360 mm.
+INFLUENCES = (4, 8)
+# Wavefront's MTL, illumination model 1: ambient and diffuse light, no highlight. Its colours multiply the texture,
+# so that white leaves it as it is.
+MATERIAL = """\
+newmtl {name}
+Ka 1 1 1
+Kd 1 1 1
+Ks 0 0 0
+d 1
+illum 1
+map_Kd {name}.png
+"""
+COMPONENT_TYPES = {"f": gltf.FLOAT, "I": gltf.UNSIGNED_INT, "H": gltf.UNSIGNED_SHORT}  # by numpy's letter
 
 
 @dataclass(frozen=True)
@@ -42,23 +57,31 @@ def surface(body, vertices: torch.Tensor) -> Surface:
     corners = np.stack([body.faces.numpy().ravel(), body.uv_faces.numpy().ravel()], axis=1)
     pairs, faces = np.unique(corners, axis=0, return_inverse=True)
     normals = vertex_normals(vertices, body.faces).numpy()
-    vertex = pairs[:, 0]
+    vertex, uv = pairs.T
     return Surface(
-        vertices.numpy()[vertex].astype(np.float32), normals[vertex].astype(np.float32),
-        body.uvs.numpy()[pairs[:, 1]].astype(np.float32), faces.reshape(-1, 3).astype(np.uint32), vertex,
-    )  # fmt: skip
+        positions=vertices.numpy()[vertex].astype(np.float32),
+        normals=normals[vertex].astype(np.float32),
+        uvs=body.uvs.numpy()[uv].astype(np.float32),
+        faces=faces.reshape(-1, 3).astype(np.uint32),
+        vertex=vertex,
+    )
 
 
-def export_body(path: str | Path, rig: StillRig, pose: dict, texture: Image.Image) -> None:
+def export_body(
+    path: str | Path, rig: StillRig, pose: dict, texture: Image.Image, influences: int = INFLUENCES[0]
+) -> None:
     """Writes a body in a pose (of `rig.named_pose` or `rig.sample`) with its texture; whole or not at all.
 
-    An OBJ comes with its .mtl and .png beside it. Raises UserError for another suffix.
+    influences: bones that move a vertex of a GLB, at most; 8 is nearer, where a loader reads as many. An OBJ
+    comes with its .mtl and .png beside it. Raises UserError for another suffix or number of bones.
     """
     path = Path(path)
+    if influences not in INFLUENCES:
+        raise UserError(f"{influences} bones a vertex: a GLB is written with {' or '.join(map(str, INFLUENCES))}")
     pixels = texture_pixels(texture, texture.width)  # opaque: colours run on outside the islands
     picture = encode_image(image_from_pixels(pixels), format="PNG")
     if path.suffix == ".glb":
-        write_whole(path, glb(rig, pose, picture))
+        write_whole(path, glb(rig, pose, picture, influences))
     elif path.suffix == ".obj":
         write_obj(path, surface(rig.body, rig.vertices([pose])[0]), picture)
     elif path.suffix == ".usdz":
@@ -67,102 +90,161 @@ def export_body(path: str | Path, rig: StillRig, pose: dict, texture: Image.Imag
         raise UserError(f"{path}: a textured body is written as {', '.join(SUFFIXES)}")
 
 
-def glb(rig: StillRig, pose: dict, picture: bytes) -> bytes:
+class GlbWriter:
+    """Collects a glTF 2.0 document and its one buffer."""
+
+    def __init__(self):
+        self.document = gltf.GLTF2(asset=gltf.Asset(version="2.0", generator="TexDreamer Joint"))
+        self.blob = bytearray()
+
+    def add_bytes(self, data: bytes, target: int | None = None) -> int:
+        """A stretch of the buffer → its buffer view's index."""
+        self._align()
+        start, length = len(self.blob), len(data)
+        view = gltf.BufferView(buffer=0, byteOffset=start, byteLength=length, target=target)
+        self.document.bufferViews.append(view)
+        self.blob.extend(data)
+        return len(self.document.bufferViews) - 1
+
+    def add_array(self, array: np.ndarray, kind: str, target: int | None = gltf.ARRAY_BUFFER) -> int:
+        """An array of glTF's kind (SCALAR, VEC3, ...) → its accessor's index."""
+        accessor = gltf.Accessor(
+            bufferView=self.add_bytes(np.ascontiguousarray(array).tobytes(), target),
+            componentType=COMPONENT_TYPES[array.dtype.char],
+            count=len(array),
+            type=kind,
+        )
+        self.document.accessors.append(accessor)
+        return len(self.document.accessors) - 1
+
+    def add_mesh(self, mesh: Surface) -> gltf.Attributes:
+        """Positions, normals and UVs as glTF has them, its v downwards, with the faces as a mesh of material 0."""
+        uvs = mesh.uvs * np.float32([1, -1]) + np.float32([0, 1])
+        attributes = gltf.Attributes(
+            POSITION=self.add_array(mesh.positions, gltf.VEC3),
+            NORMAL=self.add_array(mesh.normals, gltf.VEC3),
+            TEXCOORD_0=self.add_array(uvs, gltf.VEC2),
+        )
+        positions = self.document.accessors[attributes.POSITION]
+        positions.min, positions.max = mesh.positions.min(0).tolist(), mesh.positions.max(0).tolist()
+        indices = self.add_array(mesh.faces.ravel(), gltf.SCALAR, gltf.ELEMENT_ARRAY_BUFFER)
+        primitive = gltf.Primitive(attributes=attributes, material=0, indices=indices)
+        self.document.meshes.append(gltf.Mesh(primitives=[primitive], name="body"))
+        return attributes
+
+    def add_skeleton(self, skeleton: "Skeleton") -> list[int]:
+        """A node for each bone, and the skin → the indices of the nodes without a parent."""
+        first = len(self.document.nodes)
+        bones = zip(skeleton.names, skeleton.translations.tolist(), skeleton.rotations.tolist())
+        for bone, (name, translation, rotation) in enumerate(bones):
+            children = (np.flatnonzero(skeleton.parents == bone) + first).tolist() or None
+            node = gltf.Node(name=name, translation=translation, rotation=rotation, children=children)
+            self.document.nodes.append(node)
+        roots = (np.flatnonzero(skeleton.parents < 0) + first).tolist()
+        by_columns = skeleton.inverse_bind.transpose(0, 2, 1).reshape(-1, 16)
+        matrices = self.add_array(by_columns, gltf.MAT4, target=None)
+        joints = list(range(first, len(self.document.nodes)))
+        skin = gltf.Skin(joints=joints, inverseBindMatrices=matrices, skeleton=roots[0], name="Anny")
+        self.document.skins.append(skin)
+        return roots
+
+    def add_material(self, picture: bytes) -> None:
+        """Rough, not metallic, of the colours of a PNG."""
+        image = gltf.Image(bufferView=self.add_bytes(picture), mimeType="image/png", name="texture")
+        sampler = gltf.Sampler(
+            magFilter=gltf.LINEAR,
+            minFilter=gltf.LINEAR_MIPMAP_LINEAR,
+            wrapS=gltf.CLAMP_TO_EDGE,
+            wrapT=gltf.CLAMP_TO_EDGE,
+        )
+        texture, colour = gltf.Texture(source=0, sampler=0), gltf.TextureInfo(index=0)
+        surface = gltf.PbrMetallicRoughness(baseColorTexture=colour, metallicFactor=0, roughnessFactor=1)
+        material = gltf.Material(name="texture", pbrMetallicRoughness=surface, alphaMode=gltf.OPAQUE)
+        document = self.document
+        document.images, document.samplers, document.textures = [image], [sampler], [texture]
+        document.materials = [material]
+
+    def to_bytes(self) -> bytes:
+        self._align()
+        self.document.buffers.append(gltf.Buffer(byteLength=len(self.blob)))
+        self.document.set_binary_blob(bytes(self.blob))
+        return b"".join(self.document.save_to_bytes())
+
+    def _align(self) -> None:
+        self.blob.extend(b"\0" * (-len(self.blob) % 4))
+
+
+def glb(rig: StillRig, pose: dict, picture: bytes, influences: int) -> bytes:
     """glTF 2.0 in one file; Anny stands at rest in its mesh, and its skeleton holds the pose."""
-    import pygltflib as gltf
-
-    skeleton = anny_skeleton(rig, pose) if isinstance(rig, AnnyRig) else None
-    mesh = surface(rig.body, skeleton["vertices"] if skeleton else rig.vertices([pose])[0])
-    out, blob = gltf.GLTF2(asset=gltf.Asset(version="2.0", generator="TexDreamer Joint")), bytearray()
-
-    def view(data: bytes, target: int | None = None) -> int:
-        blob.extend(b"\0" * (-len(blob) % 4))
-        out.bufferViews.append(gltf.BufferView(buffer=0, byteOffset=len(blob), byteLength=len(data), target=target))
-        blob.extend(data)
-        return len(out.bufferViews) - 1
-
-    def accessor(array: np.ndarray, kind: str, target: int | None = gltf.ARRAY_BUFFER, limits: bool = False) -> int:
-        code = {"f": gltf.FLOAT, "I": gltf.UNSIGNED_INT, "H": gltf.UNSIGNED_SHORT}[array.dtype.char]
-        count = array.size if kind == gltf.SCALAR else len(array)
-        low, high = (array.min(0).tolist(), array.max(0).tolist()) if limits else (None, None)
-        out.accessors.append(gltf.Accessor(
-            bufferView=view(np.ascontiguousarray(array).tobytes(), target), componentType=code, count=count, type=kind,
-            min=low, max=high,
-        ))  # fmt: skip
-        return len(out.accessors) - 1
-
-    uvs = mesh.uvs * np.float32([1, -1]) + np.float32([0, 1])  # glTF's v runs downwards
-    attributes = gltf.Attributes(
-        POSITION=accessor(mesh.positions, gltf.VEC3, limits=True), NORMAL=accessor(mesh.normals, gltf.VEC3),
-        TEXCOORD_0=accessor(uvs, gltf.VEC2),
-    )  # fmt: skip
+    skeleton = anny_skeleton(rig, pose, influences) if isinstance(rig, AnnyRig) else None
+    mesh = surface(rig.body, skeleton.vertices if skeleton else rig.vertices([pose])[0])
+    writer = GlbWriter()
+    attributes = writer.add_mesh(mesh)
     node = gltf.Node(mesh=0, name="body")
-    out.nodes.append(node)
+    writer.document.nodes.append(node)
     roots = [0]
     if skeleton:
-        for number in range(INFLUENCES // 4):
-            part = slice(4 * number, 4 * number + 4)
-            setattr(attributes, f"JOINTS_{number}", accessor(skeleton["joints"][mesh.vertex, part], gltf.VEC4))
-            setattr(attributes, f"WEIGHTS_{number}", accessor(skeleton["weights"][mesh.vertex, part], gltf.VEC4))
-        first = len(out.nodes)
-        for bone, name in enumerate(skeleton["names"]):
-            children = np.flatnonzero(skeleton["parents"] == bone)
-            out.nodes.append(gltf.Node(
-                name=name, translation=skeleton["translations"][bone].tolist(),
-                rotation=skeleton["rotations"][bone].tolist(), children=(children + first).tolist() or None,
-            ))  # fmt: skip
-        tops = [first + int(bone) for bone in np.flatnonzero(skeleton["parents"] < 0)]
-        roots += tops
-        matrices = accessor(skeleton["inverse_bind"].transpose(0, 2, 1).reshape(-1, 16), gltf.MAT4, target=None)
-        joints = list(range(first, first + len(skeleton["names"])))
-        out.skins.append(gltf.Skin(joints=joints, inverseBindMatrices=matrices, skeleton=tops[0], name="Anny"))
+        for number in range(influences // 4):
+            columns = slice(4 * number, 4 * number + 4)
+            joints, weights = skeleton.joints[mesh.vertex, columns], skeleton.weights[mesh.vertex, columns]
+            setattr(attributes, f"JOINTS_{number}", writer.add_array(joints, gltf.VEC4))
+            setattr(attributes, f"WEIGHTS_{number}", writer.add_array(weights, gltf.VEC4))
+        roots += writer.add_skeleton(skeleton)
         node.skin = 0
-    primitive = gltf.Primitive(
-        attributes=attributes, material=0, indices=accessor(mesh.faces.ravel(), gltf.SCALAR, gltf.ELEMENT_ARRAY_BUFFER)
-    )
-    out.meshes.append(gltf.Mesh(primitives=[primitive], name="body"))
-    out.images.append(gltf.Image(bufferView=view(picture), mimeType="image/png", name="texture"))
-    out.samplers.append(gltf.Sampler(magFilter=gltf.LINEAR, minFilter=gltf.LINEAR_MIPMAP_LINEAR,
-                                     wrapS=gltf.CLAMP_TO_EDGE, wrapT=gltf.CLAMP_TO_EDGE))  # fmt: skip
-    out.textures.append(gltf.Texture(source=0, sampler=0))
-    colour = gltf.PbrMetallicRoughness(baseColorTexture=gltf.TextureInfo(index=0), metallicFactor=0, roughnessFactor=1)
-    out.materials.append(gltf.Material(name="texture", pbrMetallicRoughness=colour, alphaMode=gltf.OPAQUE))
-    out.scenes.append(gltf.Scene(nodes=roots))
-    out.scene = 0
-    blob.extend(b"\0" * (-len(blob) % 4))
-    out.buffers.append(gltf.Buffer(byteLength=len(blob)))
-    out.set_binary_blob(bytes(blob))
-    return b"".join(out.save_to_bytes())
+    writer.add_material(picture)
+    writer.document.scenes, writer.document.scene = [gltf.Scene(nodes=roots)], 0
+    return writer.to_bytes()
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """Anny's mesh at rest and its J bones in a pose.
+
+    vertices: (V, 3) at rest. names, parents: (J,), -1 for the root. translations (J, 3) and rotations
+    (J, 4; x y z w) of each bone in its parent. inverse_bind: (J, 4, 4). joints, weights: (V, influences).
+    """
+
+    vertices: torch.Tensor
+    names: list[str]
+    parents: np.ndarray
+    translations: np.ndarray
+    rotations: np.ndarray
+    inverse_bind: np.ndarray
+    joints: np.ndarray
+    weights: np.ndarray
 
 
 @torch.no_grad()
-def anny_skeleton(rig: AnnyRig, pose: dict) -> dict:
-    """Anny's mesh at rest and its bones in a pose.
-
-    vertices: (V, 3) at rest. names, parents: (J,), -1 for the root. translations (J, 3) and rotations (J, 4; x y z w)
-    of each bone in its parent. inverse_bind: (J, 4, 4). joints, weights: (V, INFLUENCES).
-    """
+def anny_skeleton(rig: AnnyRig, pose: dict, influences: int) -> Skeleton:
     model, (output, to_ours) = load_anny(), anny_in_our_axes(*rig.parameters([pose]))
-    rest, posed = ((to_ours @ output[name][0].float()).double() for name in ("rest_bone_poses", "bone_poses"))
+    bone_poses = (output[name][0].float() for name in ("rest_bone_poses", "bone_poses"))
+    resting, posed = ((to_ours @ matrices).double() for matrices in bone_poses)
     parents = np.array([-1 if bone == 0 else int(parent) for bone, parent in enumerate(model.bone_parents)])
-    local = torch.stack([
-        matrix if parent < 0 else torch.linalg.inv(posed[parent]) @ matrix for matrix, parent in zip(posed, parents)
-    ])  # fmt: skip
-    weights = model.vertex_bone_weights.float()
-    kept, order = weights.sort(dim=1, descending=True)
-    order, kept = order[:, :INFLUENCES], kept[:, :INFLUENCES]
-    joints = model.vertex_bone_indices.gather(1, order)
-    missing = INFLUENCES - kept.shape[1]
-    kept, joints = (torch.nn.functional.pad(part, (0, max(0, missing))) for part in (kept, joints))
-    kept = kept / kept.sum(1, keepdim=True)
-    joints = torch.where(kept > 0, joints, torch.zeros_like(joints))  # unused places name bone 0, as glTF asks
+    to_parent = [torch.eye(4).double() if parent < 0 else torch.linalg.inv(posed[parent]) for parent in parents]
+    in_parent = torch.stack(to_parent) @ posed
+    bones = model.vertex_bone_indices, model.vertex_bone_weights.float()
+    joints, weights = strongest_bones(*bones, influences)
     homogeneous = torch.nn.functional.pad(output["rest_vertices"][0].float(), (0, 1), value=1.0)
-    return {
-        "vertices": (homogeneous @ to_ours.T)[:, :3], "names": list(model.bone_labels), "parents": parents,
-        "translations": local[:, :3, 3].numpy(), "rotations": quaternions(local[:, :3, :3]).numpy(),
-        "inverse_bind": torch.linalg.inv(rest).float().numpy(), "joints": joints.numpy().astype(np.uint16),
-        "weights": kept.numpy().astype(np.float32),
-    }  # fmt: skip
+    return Skeleton(
+        vertices=(homogeneous @ to_ours.T)[:, :3],
+        names=list(model.bone_labels),
+        parents=parents,
+        translations=in_parent[:, :3, 3].numpy(),
+        rotations=quaternions(in_parent[:, :3, :3]).numpy(),
+        inverse_bind=torch.linalg.inv(resting).float().numpy(),
+        joints=joints.numpy().astype(np.uint16),
+        weights=weights.numpy().astype(np.float32),
+    )
+
+
+def strongest_bones(joints: torch.Tensor, weights: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """joints, weights: (V, B) → (V, count) of each vertex's strongest, strongest first, weights of sum 1."""
+    weights, order = weights.sort(dim=1, descending=True)
+    weights, joints = weights[:, :count], joints.gather(1, order[:, :count])
+    missing = max(0, count - weights.shape[1])
+    weights, joints = (torch.nn.functional.pad(each, (0, missing)) for each in (weights, joints))
+    weights = weights / weights.sum(1, keepdim=True)
+    return torch.where(weights > 0, joints, 0), weights  # unused places name bone 0, as glTF asks
 
 
 def quaternions(matrices: torch.Tensor) -> torch.Tensor:
@@ -175,16 +257,16 @@ def quaternions(matrices: torch.Tensor) -> torch.Tensor:
 def write_obj(path: Path, mesh: Surface, picture: bytes) -> None:
     import trimesh
 
-    with tempfile.TemporaryDirectory() as folder:
-        material = trimesh.visual.material.SimpleMaterial(image=Image.open(_saved(folder, "in.png", picture)))
-        material.name = path.stem
-        visual = trimesh.visual.TextureVisuals(uv=mesh.uvs, material=material)
-        scene = trimesh.Trimesh(mesh.positions, mesh.faces, vertex_normals=mesh.normals, visual=visual, process=False)
-        text, files = trimesh.exchange.obj.export_obj(
-            scene, include_normals=True, return_texture=True, mtl_name=f"{path.stem}.mtl"
-        )
-    for name, data in files.items():
-        write_whole(path.with_name(name), picture if name.endswith(".png") else data)
+    # The image stands for the texture: what trimesh writes of it and of the material is not used.
+    material = trimesh.visual.material.SimpleMaterial(image=Image.new("RGB", (1, 1)), name=path.stem)
+    visual = trimesh.visual.TextureVisuals(uv=mesh.uvs, material=material)
+    normals = mesh.normals
+    scene = trimesh.Trimesh(mesh.positions, mesh.faces, vertex_normals=normals, visual=visual, process=False)
+    text, _ = trimesh.exchange.obj.export_obj(
+        scene, include_normals=True, return_texture=True, mtl_name=f"{path.stem}.mtl"
+    )
+    write_whole(path.with_suffix(".png"), picture)
+    write_whole(path.with_suffix(".mtl"), MATERIAL.format(name=path.stem).encode())
     write_whole(path, text.encode())
 
 

@@ -41,14 +41,16 @@ def directional_light(direction: Tensor, colour: Tensor) -> Lights:
     direction: (N, 3) unit, towards the light; colour: (N, 3).
     """
     x, y, z = direction.unbind(-1)
-    polynomial = torch.stack(
-        [1 + z * z, 2 * x, 2 * y, 2 * z, 2 * x * y, 2 * y * z, 2 * z * x, x * x - z * z, y * y - z * z], dim=-1
-    )
+    # z * z is 1 - x * x - y * y on the unit sphere.
+    linear, mixed = (2 * x, 2 * y, 2 * z), (2 * x * y, 2 * y * z, 2 * z * x)
+    squares = (x * x - z * z, y * y - z * z)
+    polynomial = torch.stack([1 + z * z, *linear, *mixed, *squares], dim=-1)
     return Lights(polynomial[..., None] / 4 * colour[:, None])
 
 
 def studio_lights(cameras: Cameras) -> Lights:
     """Soft light from above the camera's left shoulder, the same for every view."""
-    count = torch.ones_like(cameras.focal)
-    key = directional_light(from_camera(cameras, -19 * count, 23 * count), 0.6 * count[:, None].expand(-1, 3))
-    return ambient_light(0.45 * count[:, None].expand(-1, 3)) + key
+    one = torch.ones_like(cameras.focal)
+    white = one[:, None].expand(-1, 3)
+    direction = from_camera(cameras, -19 * one, 23 * one)
+    return ambient_light(0.45 * white) + directional_light(direction, 0.6 * white)

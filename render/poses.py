@@ -25,10 +25,18 @@ JOINT_LIMITS = {
     "head": ((-20, 25), (-30, 30), (-12, 12)),
 }
 SIDED = ("upperarm01", "lowerarm01", "wrist", "upperleg01", "lowerleg01", "foot")
-JOINTS = tuple(
-    name for joint in JOINT_LIMITS for name in ((joint + ".L", joint + ".R") if joint in SIDED else (joint,))
-)
-PHENOTYPE_AXES = ("gender", "age", "muscle", "weight", "height", "proportions")
+SIDES = {joint: (".L", ".R") if joint in SIDED else ("",) for joint in JOINT_LIMITS}
+JOINTS = tuple(joint + side for joint, sides in SIDES.items() for side in sides)
+# Of the shapes drawn: gender 0 male to 1 female; age 1/3 child, 2/3 adult, 1 old.
+PHENOTYPE_RANGES = {
+    "gender": (0, 1),
+    "age": (0.4, 1.0),
+    "muscle": (0.3, 0.7),
+    "weight": (0.2, 0.8),
+    "height": (0.3, 0.7),
+    "proportions": (0.3, 0.7),
+}
+PHENOTYPE_AXES = tuple(PHENOTYPE_RANGES)
 FAMILIES = {"standing": 0.35, "walking": 0.25, "reaching": 0.15, "sitting": 0.10, "arms out": 0.15}
 
 
@@ -38,10 +46,10 @@ def sample_pose(rng: np.random.Generator, family: str | None = None) -> dict[str
     pose: dict[str, np.ndarray] = {}
 
     def turn(bone: str, x: float = 0, y: float = 0, z: float = 0, spread: float = 5):
-        side = bone[-2:] if bone[-2:] in (".L", ".R") else ""
-        angles = np.array([x, y, z]) + rng.normal(0, spread, 3)
-        limits = np.array(JOINT_LIMITS[bone.removesuffix(side)])
-        pose[bone] = np.clip(angles, limits[:, 0], limits[:, 1]) * ((1, -1, -1) if side == ".R" else (1, 1, 1))
+        joint = bone.removesuffix(".L").removesuffix(".R")
+        low, high = np.array(JOINT_LIMITS[joint]).T
+        angles = np.clip(np.array([x, y, z]) + rng.normal(0, spread, 3), low, high)
+        pose[bone] = angles * ((1, -1, -1) if bone.endswith(".R") else (1, 1, 1))
 
     for bone in ("spine05", "spine03", "spine01", "neck01"):
         turn(bone, spread=3)
@@ -76,12 +84,8 @@ def sample_pose(rng: np.random.Generator, family: str | None = None) -> dict[str
 
 
 def sample_phenotype(rng: np.random.Generator) -> dict[str, float]:
-    """A body shape on PHENOTYPE_AXES; gender 0 male to 1 female, age 1/3 child, 2/3 adult, 1 old."""
-    return {
-        "gender": float(rng.uniform(0, 1)), "age": float(rng.uniform(0.4, 1.0)), "muscle": float(rng.uniform(0.3, 0.7)),
-        "weight": float(rng.uniform(0.2, 0.8)), "height": float(rng.uniform(0.3, 0.7)),
-        "proportions": float(rng.uniform(0.3, 0.7)),
-    }  # fmt: skip
+    """A body shape: a value in its range for each of PHENOTYPE_AXES."""
+    return {axis: float(rng.uniform(low, high)) for axis, (low, high) in PHENOTYPE_RANGES.items()}
 
 
 def rotation(degrees: np.ndarray) -> Tensor:
@@ -107,7 +111,8 @@ def _anny(poses: list[dict[str, np.ndarray]], phenotypes: list[dict[str, float]]
     for row, pose in enumerate(poses):
         for bone, degrees in pose.items():
             transforms[row, model.bone_labels.index(bone), :3, :3] = axes @ rotation(degrees) @ axes.T
-    shapes = {axis: torch.tensor([phenotype.get(axis, 0.5) for phenotype in phenotypes]) for axis in PHENOTYPE_AXES}
+    shapes = {axis: [phenotype.get(axis, 0.5) for phenotype in phenotypes] for axis in PHENOTYPE_AXES}
+    shapes = {axis: torch.tensor(values) for axis, values in shapes.items()}
     return model(pose_parameters=transforms, phenotype_kwargs=shapes), axes.T
 
 

@@ -23,7 +23,7 @@ class Fragments:
     """What the pixels of N pictures see: K of the N * H * W pixels see a triangle.
 
     pixel: (K,) int64, ascending, (view * H + row) * W + column. face: (K,) int64. area: (K,) of the triangle in
-    pixels. The rest of a picture's pixels see nothing. barycentrics: (K, 3), perspective-correct, sum 1. depth: (K,)
+    pixels. The other pixels of a picture see nothing. barycentrics: (K, 3), perspective-correct, sum 1. depth: (K,)
     metres. `face_index` (N, H, W), -1 where nothing is, and `mask` (N, H, W) hold a place for every pixel.
     """
 
@@ -119,20 +119,22 @@ class _Spans:
 
 def _visible_triangles(points: Tensor, faces: Tensor, height: int, width: int, back_faces: bool) -> _Triangles:
     """Those that cover a pixel centre, perhaps, in front of the camera."""
-    index = faces.T[:, None] + torch.arange(len(points), device=points.device)[:, None] * points.shape[1]
+    view_starts = torch.arange(len(points), device=points.device)[:, None] * points.shape[1]
+    index = (faces.T[:, None] + view_starts).flatten()
     # Each coordinate apart, (3, N * F): one corner after the other.
-    x, y, depth = (take(part, index.flatten()).view(3, -1) for part in points.flatten(0, 1).unbind(-1))
+    x, y, depth = (take(values, index).view(3, -1) for values in points.flatten(0, 1).unbind(-1))
     doubled_area = (x[1] - x[0]) * (y[2] - y[0]) - (x[2] - x[0]) * (y[1] - y[0])
-    first_column, first_row = ((part.amin(0) - 0.5).ceil().clamp(min=0) for part in (x, y))
-    last_column, last_row = ((part.amax(0) - 0.5).ceil().clamp(max=end) for part, end in ((x, width), (y, height)))
+    first_column, first_row = ((values.amin(0) - 0.5).ceil().clamp(min=0) for values in (x, y))
+    last_column = (x.amax(0) - 0.5).ceil().clamp(max=width)
+    last_row = (y.amax(0) - 0.5).ceil().clamp(max=height)
     usable = (first_column < last_column) & (first_row < last_row) & (depth.amin(0) > NEAR)
     usable &= (x + y + depth).isfinite().all(0)
     usable &= (doubled_area != 0) if back_faces else (doubled_area < 0)
     kept = usable.nonzero()[:, 0]
     view = torch.div(kept, len(faces), rounding_mode="floor")
-    x, y, depth = (part.index_select(1, kept) for part in (x, y, depth))
-    rest = (take(part, kept) for part in (doubled_area, first_row, last_row))
-    return _Triangles(view, kept - view * len(faces), x, y, 1 / depth, *rest)
+    x, y, depth = (values.index_select(1, kept) for values in (x, y, depth))
+    doubled_area, first_row, last_row = (take(values, kept) for values in (doubled_area, first_row, last_row))
+    return _Triangles(view, kept - view * len(faces), x, y, 1 / depth, doubled_area, first_row, last_row)
 
 
 def _cut_into_spans(triangles: _Triangles, width: int) -> _Spans:
@@ -141,16 +143,19 @@ def _cut_into_spans(triangles: _Triangles, width: int) -> _Spans:
     (ax, ay), (bx, by), (cx, cy) = _downwards(triangles)
     device, rows = ax.device, (triangles.last_row - triangles.first_row).long()
     owner = torch.repeat_interleave(torch.arange(len(rows), device=device), rows)
-    row = torch.arange(len(owner), device=device) + take(triangles.first_row.long() - rows.cumsum(0) + rows, owner)
+    first_span = rows.cumsum(0) - rows
+    row = torch.arange(len(owner), device=device) + take(triangles.first_row.long() - first_span, owner)
     slopes = ((cx - ax) / (cy - ay), (bx - ax) / (by - ay), (cx - bx) / (cy - by))
-    ax, ay, bx, by, whole, upper, lower = (take(part, owner) for part in (ax, ay, bx, by, *slopes))
+    ax, ay, bx, by, long, upper, lower = (take(values, owner) for values in (ax, ay, bx, by, *slopes))
     # Each edge from its upper end, so that the triangles on both its sides find the same crossing.
     below_a, below_b = row + 0.5 - ay, row + 0.5 - by
-    one, other = ax + below_a * whole, torch.where(below_b < 0, ax + below_a * upper, bx + below_b * lower)
-    start = (torch.minimum(one, other) - 0.5).ceil().clamp(min=0)
-    count = ((torch.maximum(one, other) - 0.5).ceil().clamp(max=width) - start).clamp(min=0).long()
+    on_long_edge = ax + below_a * long
+    on_short_edge = torch.where(below_b < 0, ax + below_a * upper, bx + below_b * lower)
+    start = (torch.minimum(on_long_edge, on_short_edge) - 0.5).ceil().clamp(min=0)
+    end = (torch.maximum(on_long_edge, on_short_edge) - 0.5).ceil().clamp(max=width)
+    count = (end - start).clamp(min=0).long()
     kept = (count > 0).nonzero()[:, 0]
-    return _Spans(*(take(part, kept) for part in (owner, row, start, count)))
+    return _Spans(*(take(values, kept) for values in (owner, row, start, count)))
 
 
 def _downwards(triangles: _Triangles) -> list[tuple[Tensor, Tensor]]:
@@ -172,20 +177,20 @@ def _nearest_triangles(triangles: _Triangles, spans: _Spans, views: int) -> tupl
     along_x = (rise[0] * ac[1] - rise[1] * ac[0]) / triangles.doubled_area
     along_y = (rise[1] * ab[0] - rise[0] * ab[1]) / triangles.doubled_area
     origin = inverse[0] - x[0] * along_x - y[0] * along_y
-    along_x, along_y, origin, highest, view = (
-        take(part, spans.owner) for part in (along_x, along_y, origin, inverse.amax(0), triangles.view)
-    )
+    of_triangles = (along_x, along_y, origin, inverse.amax(0), triangles.view)
+    along_x, along_y, origin, highest, view = (take(values, spans.owner) for values in of_triangles)
     at_start = origin + (spans.start + 0.5) * along_x + (spans.row + 0.5) * along_y
-    # Only the part of the pictures where something is, in any of them.
+    # Only the rows and columns of the pictures where something is, in any of them.
     top, left, height, width = _bounds(spans)
     first_place = (view * height + spans.row - top) * width + spans.start.long() - left
 
     # One integer holds 1 / depth above and the triangle below: positive floats sort like their bits.
     total, device = int(spans.count.sum()), x.device
-    span = torch.repeat_interleave(torch.arange(len(spans.count), device=device), spans.count, output_size=total)
+    numbers = torch.arange(len(spans.count), device=device)
+    span = torch.repeat_interleave(numbers, spans.count, output_size=total)
     step = torch.arange(total, device=device) - take(spans.count.cumsum(0) - spans.count, span)
-    nearness = take(at_start, span) + step * take(along_x, span)
-    nearness = torch.minimum(nearness.nan_to_num(0).clamp(min=1e-12), take(highest, span))  # slivers run away
+    nearness = (take(at_start, span) + step * take(along_x, span)).nan_to_num(0)
+    nearness = torch.minimum(nearness.clamp(min=1e-12), take(highest, span))  # slivers run away
     key = (nearness.view(torch.int32).long() << 32) | take(spans.owner, span)
     buffer = torch.full((views * height * width,), -1, device=device)
     buffer.scatter_reduce_(0, take(first_place, span) + step, key, "amax")
@@ -208,10 +213,10 @@ def _surface(triangles: _Triangles, triangle: Tensor, x: Tensor, y: Tensor) -> t
     """Perspective-correct barycentrics (K, 3) and depth (K,) of the triangles (K,) at the points x, y (K,)."""
     (bx, cx), (by, cy) = triangles.x[1:] - triangles.x[0], triangles.y[1:] - triangles.y[0]
     # Barycentric coordinates are linear on the screen; over depth, they are those of the surface.
-    slopes = (part / triangles.doubled_area for part in (cy, cx, by, bx))
-    parts = (triangles.x[0], triangles.y[0], *slopes, *triangles.inverse_depth)
-    ax, ay, b_along_x, b_along_y, c_along_x, c_along_y, *inverse_depth = (take(part, triangle) for part in parts)
-    x, y = x - ax, y - ay
+    slopes = (difference / triangles.doubled_area for difference in (cy, cx, by, bx))
+    b_along_x, b_along_y, c_along_x, c_along_y = (take(slope, triangle) for slope in slopes)
+    inverse_depth = [take(values, triangle) for values in triangles.inverse_depth]
+    x, y = x - take(triangles.x[0], triangle), y - take(triangles.y[0], triangle)
     b, c = x * b_along_x - y * b_along_y, y * c_along_y - x * c_along_x
     weights = torch.stack([1 - b - c, b, c]).clamp(0, 1)  # a centre on an edge may lie out by a rounding
     total, weights = weights.sum(0), weights * torch.stack(inverse_depth)
@@ -228,8 +233,8 @@ def _join(first: Fragments, second: Fragments) -> Fragments:
     """The pictures of both, the second's after the first's."""
     (views, height, width), offset = second.shape, math.prod(first.shape)
     second = replace(second, pixel=second.pixel + offset)
-    parts = (torch.cat([getattr(part, name) for part in (first, second)]) for name in FRAGMENT_TENSORS)
-    return Fragments((first.shape[0] + views, height, width), *parts)
+    tensors = (torch.cat([getattr(first, name), getattr(second, name)]) for name in FRAGMENT_TENSORS)
+    return Fragments((first.shape[0] + views, height, width), *tensors)
 
 
 FRAGMENT_TENSORS = ("pixel", "face", "barycentrics", "depth", "area")

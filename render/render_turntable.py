@@ -20,6 +20,10 @@ from render.turntable import SUFFIXES, contact_sheet, save_turntable, turntable_
 from render.uv_space import texture_pixels
 
 FORMATS = {"gif": ".gif", "webp": ".webp", "mp4": ".mp4", "frames": "", "sheet": ".png"}
+TEXTURE_HELP = "picture in the body's UV layout, or a folder of them"
+BODY_HELP = "anny, obj:PATH, smpl:PATH, smplh:PATH or smplx:PATH (default: %(default)s)"
+OUT_HELP = ".gif, .webp, .mp4, or .png for a contact sheet; a folder for frames or for many textures"
+POSE_HELP = "rest; standing, walking, reaching, sitting, 'arms out' (anny); an AMASS file (smpl)"
 
 
 def jobs(texture: Path, out: Path, chosen: str | None) -> list[tuple[Path, Path]]:
@@ -38,22 +42,11 @@ def jobs(texture: Path, out: Path, chosen: str | None) -> list[tuple[Path, Path]
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--texture", required=True, type=Path, help="picture in the body's UV layout, or a folder of them"
-    )
-    parser.add_argument(
-        "--body", default="anny", help="anny, obj:PATH, smpl:PATH, smplh:PATH or smplx:PATH (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--out", required=True, type=Path,
-        help="file to write: .gif, .webp, .mp4, or .png for a contact sheet; a folder for frames or for many textures",
-    )  # fmt: skip
+    parser.add_argument("--texture", required=True, type=Path, help=TEXTURE_HELP)
+    parser.add_argument("--body", default="anny", help=BODY_HELP)
+    parser.add_argument("--out", required=True, type=Path, help=OUT_HELP)
     parser.add_argument("--format", choices=FORMATS, help="for a folder of textures (default: gif)")
-    parser.add_argument(
-        "--pose",
-        default="rest",
-        help="rest; standing, walking, reaching, sitting, 'arms out' (anny); an AMASS file (smpl)",
-    )
+    parser.add_argument("--pose", default="rest", help=POSE_HELP)
     parser.add_argument("--seed", type=int, default=0, help="of the pose")
     parser.add_argument("--frames", type=int, default=36)
     parser.add_argument("--size", default="512x384", help="height x width in pixels (default: %(default)s)")

@@ -14,7 +14,7 @@ from torch import Tensor
 from common.errors import UserError
 from render.bodies import Body, load_anny_body, read_obj
 from render.poses import FAMILIES, JOINTS, PHENOTYPE_AXES, anny_vertices, sample_phenotype, sample_pose
-from render.smpl import KINDS, load_smpl_body, motion, motion_files, smpl_vertices
+from render.smpl import KINDS, is_readable_motion, load_smpl_body, motion, motion_files, smpl_vertices, split_spec
 
 
 def load_body(spec: str) -> Body:
@@ -32,6 +32,17 @@ def load_body(spec: str) -> Body:
     if kind in KINDS and path:
         return load_smpl_body(spec)
     raise UserError(f"unknown body {spec!r}: use anny, obj:PATH, smpl:PATH, smplh:PATH or smplx:PATH")
+
+
+def absolute_spec(spec: str) -> str:
+    """The same body, its files found from anywhere."""
+    kind, _, path = spec.partition(":")
+    if not path:
+        return spec
+    if kind not in KINDS or Path(path).exists():
+        return f"{kind}:{Path(path).resolve()}"
+    _, model, template = split_spec(spec)
+    return f"{kind}:{model.resolve()},{template.resolve()}"
 
 
 class StillRig:
@@ -109,8 +120,13 @@ class SmplRig(StillRig):
     def sample(self, rng: np.random.Generator) -> dict:
         if self.motions is None:
             return _resting(rng.normal(0, 1, SHAPE_COEFFICIENTS).clip(-2, 2).tolist())
-        files = motion_files(self.motions)
-        return _frame_of(files[rng.integers(len(files))], rng)
+        files = list(motion_files(self.motions))
+        while files:
+            file = files[rng.integers(len(files))]
+            if is_readable_motion(file):
+                return _frame_of(file, rng)
+            files.remove(file)
+        raise UserError(f"no file in {self.motions} can be read as an AMASS motion")
 
     def named_pose(self, name: str, seed: int) -> dict:
         if name == "rest":
@@ -128,7 +144,8 @@ def load_rig(spec: str, poses: str = "own") -> StillRig:
 
     Raises UserError when the body cannot take such poses.
     """
-    kind, motions = spec.partition(":")[0], None if poses in ("own", "rest") else poses
+    kind = spec.partition(":")[0]
+    motions = None if poses in ("own", "rest") else poses
     if motions and kind not in KINDS:
         raise UserError(f"body {spec!r} cannot take the motions of {poses!r}; set data.render.poses to own or rest")
     if kind in KINDS:

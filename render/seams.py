@@ -72,11 +72,15 @@ def bilinear(points: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 def differences(texture: np.ndarray, sides: np.ndarray, inset: float) -> np.ndarray:
     """Mean colour difference of each pair of samples. texture: (S, S, 3) → (N,)."""
-    flat, found = texture.reshape(-1, texture.shape[-1]), []
-    for side in range(2):
-        index, weights = bilinear(samples(sides, len(texture), inset)[:, side], len(texture))
-        found.append((flat[index] * weights[..., None]).sum(1))
-    return np.abs(found[0] - found[1]).mean(-1)
+    flat, size = texture.reshape(-1, texture.shape[-1]), len(texture)
+    points = samples(sides, size, inset)
+    left, right = (_blend(flat, *bilinear(points[:, side], size)) for side in range(2))
+    return np.abs(left - right).mean(-1)
+
+
+def _blend(flat: np.ndarray, index: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """flat: (S * S, C); index, weights: (N, 4), of `bilinear` → (N, C)."""
+    return (flat[index] * weights[..., None]).sum(1)
 
 
 def seam_error(body: Body, texture: Tensor) -> float:
@@ -86,13 +90,15 @@ def seam_error(body: Body, texture: Tensor) -> float:
     seams, others = edge_pairs(body)
     if not len(seams):
         return float("nan")
-    return float(differences(pixels, seams, 1.0).mean() / max(1e-9, differences(pixels, others, 1.0).mean()))
+    across_seams, across_others = (differences(pixels, sides, 1.0).mean() for sides in (seams, others))
+    return float(across_seams / max(1e-9, across_others))
 
 
 def seam_points(body: Body, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Points on both sides of the seams (N, 2, 2), as of `samples`, and the texels (S, S) that they are made of."""
     seams, _ = edge_pairs(body)
-    points, touched = np.concatenate([samples(seams, size, inset) for inset in (0.5, 1.0)]), np.zeros(size * size, bool)
+    points = np.concatenate([samples(seams, size, inset) for inset in (0.5, 1.0)])
+    touched = np.zeros(size * size, bool)
     for side in range(2):
         touched[bilinear(points[:, side], size)[0]] = True
     return points, touched.reshape(size, size)
@@ -101,24 +107,22 @@ def seam_points(body: Body, size: int) -> tuple[np.ndarray, np.ndarray]:
 def field_gradient(number: np.ndarray, covered: np.ndarray, size: int) -> sparse.csr_matrix:
     """Differences between neighbours of a field on some texels of a size x size texture, and at its outer edge, where
     it is 0. number: (S * S,) the field's place of each texel, -1 outside; covered: (S * S,) bool, the islands."""
-    inside, parts = np.flatnonzero(number >= 0), []
+    inside, blocks = np.flatnonzero(number >= 0), []
     for offset in (1, size):
         here = inside[inside % size < size - 1] if offset == 1 else inside[inside < size * (size - 1)]
         here = here[covered[here + offset]]
         there = number[here + offset]
-        count = np.arange(len(here))
-        data = [np.ones(len(here)), -np.ones((there >= 0).sum())]
-        index = [number[here], there[there >= 0]]
-        parts.append(sparse.csr_matrix(
-            (np.concatenate(data), (np.concatenate([count, count[there >= 0]]), np.concatenate(index))),
-            shape=(len(here), len(inside)),
-        ))  # fmt: skip
+        is_on_field, row = there >= 0, np.arange(len(here))
+        values = np.concatenate([np.ones(len(here)), -np.ones(is_on_field.sum())])
+        rows = np.concatenate([row, row[is_on_field]])
+        columns = np.concatenate([number[here], there[is_on_field]])
+        blocks.append(sparse.csr_matrix((values, (rows, columns)), shape=(len(here), len(inside))))
+        # The outer edge at the lower end of the difference.
         back = inside[inside - offset >= 0]
-        back = back[covered[back - offset] & (number[back - offset] < 0)]
-        parts.append(sparse.csr_matrix(
-            (np.ones(len(back)), (np.arange(len(back)), number[back])), shape=(len(back), len(inside))
-        ))  # fmt: skip
-    return sparse.vstack(parts)
+        back = number[back[covered[back - offset] & (number[back - offset] < 0)]]
+        entries = (np.ones(len(back)), (np.arange(len(back)), back))
+        blocks.append(sparse.csr_matrix(entries, shape=(len(back), len(inside))))
+    return sparse.vstack(blocks)
 
 
 def fix_seams(body: Body, texture: Tensor) -> Tensor:
@@ -147,7 +151,7 @@ def fix_seams(body: Body, texture: Tensor) -> Tensor:
     system = equal.T @ equal + SMOOTHNESS * gradient.T @ gradient + 1e-6 * sparse.identity(band.sum())
     scale = sparse.diags(1 / system.diagonal())
     flat = texture.permute(1, 2, 0).double().numpy().reshape(-1, 3)
-    jump = (flat[right] * right_weights[..., None]).sum(1) - (flat[left] * left_weights[..., None]).sum(1)
+    jump = _blend(flat, right, right_weights) - _blend(flat, left, left_weights)
     fixed = flat.copy()
     for channel in range(3):
         field, _ = cg(system, equal.T @ jump[:, channel], rtol=1e-4, maxiter=400, M=scale)

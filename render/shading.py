@@ -29,12 +29,13 @@ def sample_textures(textures: Tensor, uv: Tensor, texels_per_pixel: Tensor) -> T
         if len(wide) <= few:
             break
         is_wider = take(texels_per_pixel, wide) >= samples + 1  # so many texels do the samples touch
-        these, wide = (wide[~is_wider], wide[is_wider]) if is_wider.sum() > few else (wide, wide[:0])
+        pixels, wide = (wide[~is_wider], wide[is_wider]) if is_wider.sum() > few else (wide, wide[:0])
         steps = (torch.arange(samples, device=grid.device) - (samples - 1) / 2) * (2 / textures.shape[-1])
         offsets = torch.cartesian_prod(steps, steps)
-        for part in these.split(max(1, MAX_SAMPLED // (len(offsets) * len(textures)))):
-            points = (take(grid, part)[:, None] + offsets).flatten(0, 1)
-            out[..., part] = _sample_grid(textures, points).unflatten(-1, (len(part), len(offsets))).mean(-1)
+        for pixel in pixels.split(max(1, MAX_SAMPLED // (len(offsets) * len(textures)))):
+            points = (take(grid, pixel)[:, None] + offsets).flatten(0, 1)
+            sampled = _sample_grid(textures, points)
+            out[..., pixel] = sampled.unflatten(-1, (len(pixel), len(offsets))).mean(-1)
     return out
 
 
@@ -44,9 +45,8 @@ def _sample_grid(textures: Tensor, grid: Tensor) -> Tensor:
     rows = torch.get_num_threads() if len(textures) == 1 and grid.device.type == "cpu" else 1
     batch, count, length = max(rows, len(textures)), len(grid), -(-len(grid) // rows)
     grid = F.pad(grid, (0, 0, 0, rows * length - count)).view(rows, 1, length, 2)
-    sampled = F.grid_sample(
-        textures.expand(batch, -1, -1, -1), grid.expand(batch, -1, -1, -1), padding_mode="border", align_corners=False
-    )[:, :, 0]
+    textures, grid = (each.expand(batch, -1, -1, -1) for each in (textures, grid))
+    sampled = F.grid_sample(textures, grid, padding_mode="border", align_corners=False)[:, :, 0]
     return sampled if rows == 1 else sampled.transpose(0, 1).reshape(1, 3, -1)[..., :count]
 
 
@@ -85,24 +85,26 @@ def shade(
         colours = sample_textures(textures, uv, density)
     else:
         edges = torch.searchsorted(fragments.view, torch.arange(views + 1, device=uv.device)).tolist()
-        parts = [
+        colours_by_view = [
             sample_textures(texture[None], uv[start:end], density[start:end])
             for texture, start, end in zip(textures, edges, edges[1:])
         ]
-        colours = torch.cat(parts, dim=-1)
+        colours = torch.cat(colours_by_view, dim=-1)
     colours = (colours * light.T).clamp(0, 1)  # (1 or B, 3, K)
 
     # Each fragment is one of supersample^2 in its pixel; what none covers shows the background. (B, 3, N, h, w)
     size = (views, height // supersample, width // supersample)
     pixels, behind = math.prod(size), _full(background, *size)
     if supersample == 1:
-        canvas = behind.expand(len(colours), *behind.shape[1:]).flatten(2).clone(memory_format=torch.contiguous_format)
+        canvas = behind.expand(len(colours), *behind.shape[1:]).flatten(2)
+        canvas = canvas.clone(memory_format=torch.contiguous_format)
         canvas.scatter_(2, fragments.pixel.expand_as(colours), colours)
     else:
-        row, column = torch.div(fragments.pixel, width, rounding_mode="floor"), fragments.pixel % width
-        row, column = (torch.div(part, supersample, rounding_mode="floor") for part in (row, column))
+        row = torch.div(fragments.pixel, width * supersample, rounding_mode="floor")
+        column = torch.div(fragments.pixel % width, supersample, rounding_mode="floor")
         pixel, share = row * size[2] + column, supersample**-2  # H divides, so that rows of two views stay apart
-        uncovered = colours.new_ones(pixels).index_add_(0, pixel, colours.new_full((1,), -share).expand(len(pixel)))
+        taken = colours.new_full((1,), -share).expand(len(pixel))
+        uncovered = colours.new_ones(pixels).index_add_(0, pixel, taken)
         canvas = (behind.flatten(2) * uncovered).expand(len(colours), -1, -1).contiguous()
         for channel, values in zip(canvas.flatten(0, 1), (colours * share).flatten(0, 1)):
             channel.index_add_(0, pixel, values)  # by rows: adding along a later axis is many times slower
@@ -129,7 +131,6 @@ def render_views(
     lights = lights or studio_lights(cameras)
     vertices = body.vertices if vertices is None else vertices
     background = textures.new_ones(1, 3) if background is None else background
-    fragments = rasterize(
-        vertices, body.faces, cameras, height * supersample, width * supersample, back_faces=not body.is_closed
-    )
+    height, width = height * supersample, width * supersample
+    fragments = rasterize(vertices, body.faces, cameras, height, width, back_faces=not body.is_closed)
     return shade(fragments, body, vertices, textures, lights, background, supersample)

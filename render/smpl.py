@@ -6,6 +6,8 @@ SMPL: Loper et al. 2015. SMPL+H: Romero et al. 2017. SMPL-X: Pavlakos et al. 201
 import functools
 import io
 import pickle
+import re
+import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -21,16 +23,78 @@ KINDS = ("smpl", "smplh", "smplx")
 NEEDED = ("v_template", "f", "weights", "shapedirs", "posedirs", "J_regressor", "kintree_table")
 EXTRA = ("hands_meanl", "hands_meanr", "joint2num")
 GENDERS = ("neutral", "female", "male")
-# What a pickle may name: arrays, sparse matrices, and chumpy's, which becomes a placeholder.
+JOINT_COUNTS = {"smpl": 24, "smplh": 52, "smplx": 55}
+# What a pickle may name of the standard library; arrays and matrices of all kinds become placeholders.
 ALLOWED = {
-    ("numpy", "ndarray"), ("numpy", "dtype"),
-    *((module, name) for module in ("numpy.core.multiarray", "numpy._core.multiarray")
-      for name in ("_reconstruct",)),
-    ("_codecs", "encode"), ("copy_reg", "_reconstructor"), ("copyreg", "_reconstructor"), ("__builtin__", "object"),
-    ("builtins", "object"), ("collections", "OrderedDict"),
-}  # fmt: skip
+    ("_codecs", "encode"),
+    ("copy_reg", "_reconstructor"),
+    ("copyreg", "_reconstructor"),
+    ("__builtin__", "bytes"),
+    ("builtins", "bytes"),
+    ("__builtin__", "object"),
+    ("builtins", "object"),
+    ("collections", "OrderedDict"),
+}
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+POSE_COLUMNS = (72, 156, 165)  # of AMASS, see read_amass
 FRAMES_PER_SECOND = 2  # of a motion: nearer frames are near-copies
+
+
+class ArrayType:
+    """Stands for numpy's dtype, which takes from a pickle what makes it read numbers as addresses."""
+
+    def __init__(self, code, *_):
+        if not re.fullmatch(r"[<>=|]?[?biufcSUO]\d*", str(code)):
+            raise pickle.UnpicklingError(f"an array of type {code}")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state):
+        _, byte_order, subarray, names, fields, *_ = state
+        if subarray or names or fields:
+            raise pickle.UnpicklingError("an array with fields")
+        self.dtype = self.dtype.newbyteorder(byte_order)
+
+
+class Array:
+    """Stands for numpy's ndarray."""
+
+    def __setstate__(self, state):
+        _, shape, array_type, is_fortran, values = state
+        if array_type.dtype.hasobject:
+            self.data = np.empty(len(values), object)
+            for index, value in enumerate(values):
+                self.data[index] = _plain(value)
+        else:
+            self.data = _numbers(values, array_type)
+        self.data = self.data.reshape(shape, order="F" if is_fortran else "C")
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.data, dtype=dtype, copy=copy)
+
+
+def _array_to_fill(*_) -> Array:
+    return Array()
+
+
+def _array_of_buffer(buffer, array_type, shape, order) -> np.ndarray:
+    return _numbers(buffer, array_type).reshape(shape, order=order)
+
+
+def _scalar(array_type, data):
+    return _numbers(data, array_type)[0]
+
+
+def _numbers(data, array_type: ArrayType) -> np.ndarray:
+    """(N,) from bytes, which Python 2 wrote as what is read as Latin-1. Raises ValueError for objects."""
+    data = data.encode("latin1") if isinstance(data, str) else data
+    return np.frombuffer(data, array_type.dtype) if len(data) else np.empty(0, array_type.dtype)
+
+
+NUMPY = {("numpy", "ndarray"): Array, ("numpy", "dtype"): ArrayType}
+for _core in ("numpy.core", "numpy._core"):  # before numpy 2 and since
+    NUMPY[f"{_core}.multiarray", "_reconstruct"] = _array_to_fill
+    NUMPY[f"{_core}.multiarray", "scalar"] = _scalar
+    NUMPY[f"{_core}.numeric", "_frombuffer"] = _array_of_buffer  # protocol 5
 
 
 class ChumpyArray:
@@ -95,13 +159,19 @@ class ArraysOnly(pickle.Unpickler):
             return ChumpyArray
         if module.startswith("scipy.sparse") and name in SPARSE:
             return SPARSE[name]
+        if (module, name) in NUMPY:
+            return NUMPY[module, name]
         if (module, name) in ALLOWED:
-            return super().find_class(module.replace("copy_reg", "copyreg").replace("__builtin__", "builtins"), name)
+            module = module.replace("copy_reg", "copyreg").replace("__builtin__", "builtins")
+            return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no body model needs")
 
 
 def _plain(value):
-    return value.data if isinstance(value, ChumpyArray | SparseArray) else value
+    """A numpy array for what stands for one."""
+    if isinstance(value, Array | ChumpyArray | SparseArray):
+        return value.data
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def read_arrays(path: Path) -> dict:
@@ -112,15 +182,14 @@ def read_arrays(path: Path) -> dict:
                 loaded = ArraysOnly(file, encoding="latin1").load()
             if not isinstance(loaded, dict):
                 raise pickle.UnpicklingError(f"it holds a {type(loaded).__name__}, not a dictionary of arrays")
-            return {key: _plain(value) for key, value in loaded.items()}
+            return _plain(loaded)
         arrays = {}
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 data = io.BytesIO(archive.read(name))
-                read_header = HEADERS[np.lib.format.read_magic(data)]
-                _, _, dtype = read_header(data)
+                _, dtype = _read_header(data)
                 if dtype.hasobject:  # a pickle inside
-                    value = ArraysOnly(data, encoding="latin1").load()
+                    value = _plain(ArraysOnly(data, encoding="latin1").load())
                 else:
                     data.seek(0)
                     value = np.lib.format.read_array(data, allow_pickle=False)
@@ -130,19 +199,69 @@ def read_arrays(path: Path) -> dict:
         raise UserError(f"cannot read {path}: {reason(error)}; give the original .npz or .pkl file") from None
 
 
-def model_files(path: Path) -> dict[str, Path]:
-    """Gender → model file. path: one file, for every gender, or a folder with one for each."""
+def _read_header(data) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of the array in an open .npy file, which is then at the array's values."""
+    shape, _, dtype = HEADERS[np.lib.format.read_magic(data)](data)
+    return shape, dtype
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the arrays in a .npz file, without reading them, or in a .pkl. Raises UserError."""
+    if path.suffix == ".pkl":
+        return {key: np.shape(value) for key, value in read_arrays(path).items()}
+    try:
+        shapes = {}
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                with archive.open(name) as data:
+                    shapes[name.removesuffix(".npy")], _ = _read_header(data)
+        return shapes
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"cannot read {path}: {reason(error)}; give the original .npz file") from None
+
+
+@functools.lru_cache(maxsize=8)
+def model_files(kind: str, path: Path) -> dict[str, Path]:
+    """Gender → model file. path: one file, for every gender, or a folder with one for each.
+
+    In a folder, files that hold something else than a model of that kind are passed over. Raises UserError,
+    with what is wrong with each, when no file is left.
+    """
     if path.is_file():
         return {gender: path for gender in GENDERS}
-    found = {}
+    files, faults = {}, []
     for file in sorted(path.rglob("*")) if path.is_dir() else []:
-        if file.suffix in (".npz", ".pkl"):
-            words = str(file.relative_to(path)).lower().replace("female", "f_gender").replace("_f_", "f_gender")
-            gender = "female" if "f_gender" in words else "male" if "male" in words or "_m_" in words else "neutral"
-            found.setdefault(gender, file)
-    if not found:
-        raise UserError(f"no body model at {path}; give a .npz or .pkl file, or a folder of them")
-    return {gender: found.get(gender, next(iter(found.values()))) for gender in GENDERS}
+        gender = _gender_of(str(file.relative_to(path)).lower())
+        if file.suffix not in (".npz", ".pkl") or gender in files:
+            continue
+        if fault := _model_fault(kind, file):
+            faults.append(f"{file.relative_to(path)} ({fault})")
+        else:
+            files[gender] = file
+    if not files:
+        passed_over = f" (passed over: {', '.join(faults)})" if faults else ""
+        raise UserError(f"no {kind} body model at {path}{passed_over}; give a .npz or .pkl file, or a folder of them")
+    return {gender: files.get(gender, next(iter(files.values()))) for gender in GENDERS}
+
+
+def _gender_of(name: str) -> str:
+    """As the files of the models' authors are named: SMPL_FEMALE.pkl, basicmodel_f_lbs_10_207_0_v1.1.0.pkl."""
+    if "female" in name or "_f_" in name:
+        return "female"
+    return "male" if "male" in name or "_m_" in name else "neutral"
+
+
+def _model_fault(kind: str, file: Path) -> str:
+    """Why a file holds no model of that kind; "" if it does."""
+    try:
+        shapes = read_shapes(file)
+    except UserError as error:
+        return str(error)
+    missing = [key for key in NEEDED if key not in shapes]
+    if missing:
+        return f"lacks {missing[0]}"
+    joints = shapes["weights"][-1:]
+    return "" if joints == (JOINT_COUNTS[kind],) else f"weights of shape {shapes['weights']}"
 
 
 @functools.lru_cache(maxsize=4)
@@ -170,8 +289,12 @@ def load_model(kind: str, path: Path):
 
 def split_spec(spec: str) -> tuple[str, Path, Path]:
     """ "smpl:MODEL" or "smpl:MODEL,UVS.obj" → kind, model path, UV template's path."""
-    kind, _, rest = spec.partition(":")
-    path, _, uvs = rest.partition(",")
+    kind, _, paths = spec.partition(":")
+    commas = [index for index, letter in enumerate(paths) if letter == ","]
+    path, uvs = paths, ""
+    if commas and not Path(paths).exists():  # a folder's name may have commas too
+        splits = [(paths[:comma], paths[comma + 1 :]) for comma in commas]
+        path, uvs = max(splits, key=lambda split: (Path(split[0]).exists(), Path(split[1]).is_file()))
     model = Path(path)
     folder = model.parent if model.is_file() else model
     name = "smplx_uv.obj" if kind == "smplx" else "smpl_uv.obj"
@@ -183,10 +306,10 @@ def load_smpl_body(spec: str) -> Body:
     """The neutral body at rest, with the texture coordinates of the user's UV template."""
     kind, path, template = split_spec(spec)
     if not template.is_file():
-        raise UserError(f"no UV template {template}; put it there or write {spec.partition(',')[0]},UV_TEMPLATE.obj")
+        raise UserError(f"no UV template {template}; put it there or write {kind}:{path},UV_TEMPLATE.obj")
     uvs = read_obj(str(template))
     vertices = smpl_vertices(spec, np.zeros((1, 156), np.float32), np.zeros((1, 10), np.float32), ["neutral"])[0]
-    faces = torch.as_tensor(np.asarray(load_model(kind, model_files(path)["neutral"]).faces)).long()
+    faces = torch.as_tensor(np.asarray(load_model(kind, model_files(kind, path)["neutral"]).faces)).long()
     if len(vertices) != len(uvs.vertices) or not torch.equal(faces.sort(1).values, uvs.faces.sort(1).values):
         raise UserError(
             f"{template} is not the UV template of {path}: {len(uvs.vertices)} vertices and {len(uvs.faces)} faces "
@@ -202,8 +325,9 @@ def smpl_vertices(spec: str, poses: np.ndarray, betas: np.ndarray, genders: list
     SMPL has no hands: they stay at rest.
     """
     kind, path, _ = split_spec(spec)
-    files, out = model_files(path), []
-    for pose, shape, gender in zip(torch.from_numpy(poses).float(), torch.from_numpy(betas).float(), genders):
+    files, bodies = model_files(kind, path), []
+    poses, betas = (torch.from_numpy(array).float() for array in (poses, betas))
+    for pose, shape, gender in zip(poses, betas, genders):
         model = load_model(kind, files[gender])
         directions = model._assets.shapedirs.shape[-1]
         if kind == "smplx" and directions < 300:
@@ -217,8 +341,8 @@ def smpl_vertices(spec: str, poses: np.ndarray, betas: np.ndarray, genders: list
             inputs.update(body_pose=body, hand_pose=hands)
         if kind == "smplx":
             inputs.update(head_pose=body.new_zeros(1, 3, 3), expression=body.new_zeros(1, 10))
-        out.append(model.forward_vertices(**inputs)[0])
-    vertices = torch.stack(out)
+        bodies.append(model.forward_vertices(**inputs)[0])
+    vertices = torch.stack(bodies)
     vertices[..., 1] -= vertices[..., 1].amin(1, keepdim=True)
     return vertices
 
@@ -230,26 +354,39 @@ def read_amass(path: str | Path) -> tuple[np.ndarray, np.ndarray, str]:
     left out) or 72 (SMPL: no hands). Raises UserError for a file that is none of these or holds what is no number.
     """
     arrays = read_arrays(Path(path))
-    if "poses" not in arrays:
-        raise UserError(f"{path} holds no 'poses'; give an AMASS motion (shape files have none)")
     betas = np.zeros(16, np.float32)
     try:
-        poses = np.asarray(arrays["poses"], dtype=np.float64)
+        poses = _whole_poses(arrays)
         given = np.asarray(arrays.get("betas", betas), dtype=np.float32).reshape(-1)[:16]
-        rate = float(np.asarray(arrays.get("mocap_framerate", arrays.get("mocap_frame_rate", 60))))
-        gender = np.asarray(arrays.get("gender", "neutral")).item()
-    except (TypeError, ValueError) as error:
+        # Rates and genders are 0-dimensional or arrays of one.
+        rate = float(np.ravel(arrays.get("mocap_framerate", arrays.get("mocap_frame_rate", 60)))[0])
+        gender = np.ravel(arrays.get("gender", "neutral"))[0]
+    except KeyError:
+        raise UserError(f"{path} holds no 'poses'; give an AMASS motion (shape files have none)") from None
+    except (TypeError, ValueError, IndexError) as error:
         raise UserError(f"{path} holds what no AMASS motion holds ({reason(error)}); leave it out") from None
-    if poses.ndim != 2 or poses.shape[1] not in (72, 156, 165) or not len(poses):
+    if poses.ndim != 2 or poses.shape[1] not in POSE_COLUMNS or not len(poses):
         raise UserError(f"{path}: poses of shape {poses.shape}; AMASS has 72, 156 or 165 columns")
     betas[: len(given)] = given
     if not (np.isfinite(poses).all() and np.isfinite(betas).all() and np.isfinite(rate)):
         raise UserError(f"{path} holds poses or betas that are no numbers; leave it out")
     poses = poses[:: max(1, round(rate / FRAMES_PER_SECOND))]
     hands = {72: np.zeros((len(poses), 90)), 156: poses[:, 66:156], 165: poses[:, 75:165]}[poses.shape[1]]
-    gender = gender.decode() if isinstance(gender, bytes) else str(gender)
+    gender = (gender.decode() if isinstance(gender, bytes) else str(gender)).lower()
     full = np.concatenate([_facing_front(poses[:, :3]), poses[:, 3:66], hands], axis=1).astype(np.float32)
     return full, betas, gender if gender in GENDERS else "neutral"
+
+
+def _whole_poses(arrays: dict) -> np.ndarray:
+    """(F, 72, 156 or 165): `poses` or, in files that have it in pieces only, root, body and hands.
+
+    Raises KeyError when there are neither, ValueError when the pieces do not fit.
+    """
+    if "poses" in arrays:
+        return np.asarray(arrays["poses"], dtype=np.float64)
+    root, body = (np.asarray(arrays[name], dtype=np.float64) for name in ("root_orient", "pose_body"))
+    hands = np.asarray(arrays.get("pose_hand", np.zeros((len(root), 90))), dtype=np.float64)
+    return np.concatenate([root, body, hands], axis=1)
 
 
 def _facing_front(root: np.ndarray) -> np.ndarray:
@@ -264,11 +401,46 @@ def _facing_front(root: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def motion_files(folder: str) -> tuple[Path, ...]:
-    """The motions below a folder, in the order of their names; AMASS's shape files are left out."""
-    files = sorted(path for path in Path(folder).rglob("*.npz") if not path.stem.endswith(("shape", "_stagei")))
-    if not files:
-        raise UserError(f"no AMASS motions (.npz) in {folder}")
-    return tuple(files)
+    """The motions below a folder, in the order of their names; AMASS's shape files are left out.
+
+    Files that are no motions by what they hold are passed over, with one warning on stderr. Raises UserError
+    when none is left.
+    """
+    files = sorted(Path(folder).rglob("*.npz"))
+    files = [path for path in files if not path.stem.endswith(("shape", "_stagei"))]
+    faults = {path: _motion_fault(path) for path in files}
+    motions = tuple(path for path in files if not faults[path])
+    passed_over = [f"{path.relative_to(folder)} ({fault})" for path, fault in faults.items() if fault]
+    if not motions:
+        reasons = f": {', '.join(passed_over)}" if passed_over else ""
+        raise UserError(f"no AMASS motions (.npz) in {folder}{reasons}")
+    if passed_over:
+        count = f"{len(passed_over)} of {len(files)}"
+        print(f"warning: {count} files in {folder} are passed over: {', '.join(passed_over)}", file=sys.stderr)
+    return motions
+
+
+def _motion_fault(path: Path) -> str:
+    """Why a file is no motion, from the shapes of its arrays alone; "" if it is one."""
+    try:
+        shapes = read_shapes(path)
+    except UserError as error:
+        return str(error)
+    if "poses" not in shapes:
+        return "" if {"root_orient", "pose_body"} <= shapes.keys() else "holds no poses"
+    is_usual = len(shapes["poses"]) == 2 and shapes["poses"][0] and shapes["poses"][1] in POSE_COLUMNS
+    return "" if is_usual else f"poses of shape {shapes['poses']}"
+
+
+@functools.cache
+def is_readable_motion(file: Path) -> bool:
+    """Whether `read_amass` takes it; if not, says so on stderr, once."""
+    try:
+        motion(file)
+    except UserError as error:
+        print(f"warning: {error}; it is passed over", file=sys.stderr)
+        return False
+    return True
 
 
 motion = functools.lru_cache(maxsize=64)(read_amass)

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,24 +16,27 @@ from render.cameras import orbit_cameras
 from render.shading import render_views
 
 BACKGROUND = (0.93, 0.94, 0.96)
+ELEVATION, FOV = 6.0, 28.0  # degrees
 SHEET_VIEWS = {"front": 0.0, "left": 90.0, "back": 180.0, "right": 270.0}
 SUFFIXES = (".gif", ".webp", ".mp4", ".png", "")
 
 
 def orbit_frames(
-    body: Body, texture: Tensor, azimuth: Tensor, height: int = 512, width: int = 384,
+    body: Body,
+    texture: Tensor,
+    azimuth: Tensor,
+    height: int = 512,
+    width: int = 384,
     background: tuple[float, float, float] = BACKGROUND,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """texture: (3, S, S) in [0, 1], filled outside the islands; azimuth: (N,) degrees → N pictures (3, height, width)
     in [0, 1]. body: as it is posed."""
     pictures = []
-    for part in azimuth.split(4):  # four at a time bounds the memory
-        cameras = orbit_cameras(
-            body, part, torch.full_like(part, 6.0), torch.full_like(part, 28.0), fill=0.94, aspect=width / height
-        )
-        pictures.extend(
-            render_views(body, texture[None], cameras, height, width, background=torch.tensor([background]))
-        )
+    for azimuths in azimuth.split(4):  # four at a time bounds the memory
+        elevation, fov = torch.full_like(azimuths, ELEVATION), torch.full_like(azimuths, FOV)
+        cameras = orbit_cameras(body, azimuths, elevation, fov, fill=0.94, aspect=width / height)
+        behind = torch.tensor([background])
+        pictures.extend(render_views(body, texture[None], cameras, height, width, background=behind))
     return pictures
 
 
@@ -43,7 +47,8 @@ def turntable_frames(body: Body, texture: Tensor, frames: int = 36, **options) -
 
 def contact_sheet(body: Body, texture: Tensor, **options) -> Image.Image:
     """Front, left, back and right side by side; options as of `orbit_frames`."""
-    return _image(torch.cat(orbit_frames(body, texture, torch.tensor([*SHEET_VIEWS.values()]), **options), dim=-1))
+    azimuth = torch.tensor([*SHEET_VIEWS.values()])
+    return _image(torch.cat(orbit_frames(body, texture, azimuth, **options), dim=-1))
 
 
 def save_turntable(frames: list[Tensor], path: str | Path, seconds: float = 3.6) -> None:
@@ -51,13 +56,14 @@ def save_turntable(frames: list[Tensor], path: str | Path, seconds: float = 3.6)
     PNG files where there is none. Whole or not written; raises UserError for another suffix."""
     path = Path(path)
     suffix, pictures = path.suffix.lower(), [_image(frame) for frame in frames]
-    animation = dict(save_all=True, append_images=pictures[1:], duration=round(1000 * seconds / len(frames)), loop=0)
+    animation = dict(save_all=True, duration=round(1000 * seconds / len(frames)), loop=0)
     if suffix == ".gif":
-        pictures = _with_one_palette(pictures)
-        animation["append_images"] = pictures[1:]
-        write_whole(path, encode_image(pictures[0], format="GIF", **animation))
+        first, *others = _with_one_palette(pictures)
+        write_whole(path, encode_image(first, format="GIF", append_images=others, **animation))
     elif suffix == ".webp":
-        write_whole(path, encode_image(pictures[0], format="WEBP", quality=85, method=4, **animation))
+        first, *others = pictures
+        animation |= dict(append_images=others, quality=85, method=4)
+        write_whole(path, encode_image(first, format="WEBP", **animation))
     elif suffix == ".mp4":
         _save_mp4(frames, path, seconds)
     elif not suffix:
@@ -70,9 +76,9 @@ def save_turntable(frames: list[Tensor], path: str | Path, seconds: float = 3.6)
 
 def _with_one_palette(pictures: list[Image.Image]) -> list[Image.Image]:
     """256 colours chosen over all frames, so that none flickers."""
-    some = pictures[:: max(1, len(pictures) // 8)]
-    strip = Image.new("RGB", (some[0].width * len(some), some[0].height))
-    for index, picture in enumerate(some):
+    sample = pictures[:: max(1, len(pictures) // 8)]
+    strip = Image.new("RGB", (sample[0].width * len(sample), sample[0].height))
+    for index, picture in enumerate(sample):
         strip.paste(picture, (index * picture.width, 0))
     palette = strip.quantize(256)
     return [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
@@ -81,7 +87,7 @@ def _with_one_palette(pictures: list[Image.Image]) -> list[Image.Image]:
 def _save_mp4(frames: list[Tensor], path: Path, seconds: float) -> None:
     try:
         import imageio.v2 as imageio
-        import imageio_ffmpeg  # noqa: F401  its absence is only found when writing
+        import imageio_ffmpeg  # noqa: F401  its absence shows only when writing
     except ImportError:
         raise UserError(
             "MP4 needs imageio-ffmpeg: pip install imageio imageio-ffmpeg; or write a .gif or .webp"
@@ -91,12 +97,17 @@ def _save_mp4(frames: list[Tensor], path: Path, seconds: float) -> None:
     try:
         with imageio.get_writer(partial, fps=len(frames) / seconds, quality=8, macro_block_size=2) as writer:
             for frame in frames:
-                writer.append_data((frame.permute(1, 2, 0) * 255).round().byte().cpu().numpy())
+                writer.append_data(_bytes(frame))
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {reason(error)}") from None
 
 
+def _bytes(frame: Tensor) -> np.ndarray:
+    """(3, H, W) in [0, 1] → (H, W, 3) uint8."""
+    return (frame.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+
+
 def _image(frame: Tensor) -> Image.Image:
-    return Image.fromarray((frame.permute(1, 2, 0) * 255).round().byte().cpu().numpy())
+    return Image.fromarray(_bytes(frame))

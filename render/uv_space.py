@@ -3,6 +3,8 @@
 UV coordinates are in [0, 1] with v up: texel row 0 of a texture is v = 1.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -27,8 +29,10 @@ def fill_outside(texture: Tensor, mask: Tensor) -> Tensor:
         return texture
     weight = mask.to(texture)[None, None]
     levels = [(texture[None] * weight, weight)]
+    halve = functools.partial(F.avg_pool2d, kernel_size=2, ceil_mode=True, count_include_pad=False)
     while min(levels[-1][1].shape[-2:]) > 1:
-        levels.append(tuple(F.avg_pool2d(part, 2, ceil_mode=True, count_include_pad=False) for part in levels[-1]))
+        colour, weight = levels[-1]
+        levels.append((halve(colour), halve(weight)))
     filled = levels[-1][0] / levels[-1][1]
     for colour, weight in reversed(levels[:-1]):
         coarse = F.interpolate(filled, size=colour.shape[-2:], mode="bilinear", align_corners=False)
@@ -41,7 +45,8 @@ def texture_pixels(image: Image.Image, size: int) -> Tensor:
     if image.mode != "RGBA":
         return pixels_from_image(image.resize((size, size), Image.Resampling.LANCZOS))
     # Resized with alpha premultiplied, so that what lies under transparent texels bleeds into none.
-    pixels = pixels_from_image(image.convert("RGBa").resize((size, size), Image.Resampling.BOX).convert("RGBA"))
+    resized = image.convert("RGBa").resize((size, size), Image.Resampling.BOX)
+    pixels = pixels_from_image(resized.convert("RGBA"))
     return fill_outside(pixels[:3], pixels[3] > 0)
 
 

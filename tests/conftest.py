@@ -22,7 +22,8 @@ from transformers import (
 from atlas_dataset.building import build_dataset
 from atlas_dataset.sources import HuggingFaceATLAS
 from config.configuration import DEFAULT_CONFIG, load_config
-from embedded.pretrain.stages import MODEL_INDEX, train_tokenizer
+from embedded.pretrain.card import MODEL_INDEX
+from embedded.pretrain.tokenizer import train_tokenizer
 from models.base import load_base
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "yellow": (230, 220, 40)}

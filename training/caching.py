@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -42,7 +43,7 @@ class Cache:
         for file in sorted(folder.glob("*.safetensors")):
             try:
                 shard = safe_open(file, "pt")
-                self.shards.update((key, shard) for key in shard.keys())  # noqa: SIM118  it is no dictionary
+                self.shards.update(dict.fromkeys(shard.keys(), shard))
             except (OSError, SafetensorError) as error:
                 raise UserError(
                     f"cache file {file} is damaged ({reason(error)}); run again with --rebuild-cache"
@@ -67,7 +68,7 @@ class CachedRows:
 
 
 @dataclass
-class Part:
+class Encoding:
     """One kind of entry: of which rows, and how each is made."""
 
     name: str
@@ -77,13 +78,13 @@ class Part:
     encode: Callable[[object], Tensor]  # a batch of those → entries (B, ...)
 
 
-def digest(*parts: bytes | str) -> str:
-    """A short hash of the parts in their order."""
-    found = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        part = part.encode() if isinstance(part, str) else part
-        found.update(len(part).to_bytes(8, "little") + part)
-    return found.hexdigest()
+def digest(*contents: bytes | str) -> str:
+    """A short hash of the contents in their order."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for content in contents:
+        data = content.encode() if isinstance(content, str) else content
+        hasher.update(len(data).to_bytes(8, "little") + data)
+    return hasher.hexdigest()
 
 
 def weights_digest(module: torch.nn.Module) -> str:
@@ -91,8 +92,9 @@ def weights_digest(module: torch.nn.Module) -> str:
     config = module.config if isinstance(module.config, dict) else module.config.to_dict()
     settings = {key: value for key, value in config.items() if not key.startswith("_")}  # such as where it lies
     state = module.state_dict()
-    tensors = (tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy() for tensor in state.values())
-    return digest(json.dumps(settings, sort_keys=True, default=str), *state, *(part.tobytes() for part in tensors))
+    weights = (tensor.detach().contiguous().view(-1).view(torch.uint8).cpu() for tensor in state.values())
+    weights_bytes = (weight.numpy().tobytes() for weight in weights)
+    return digest(json.dumps(settings, sort_keys=True, default=str), *state, *weights_bytes)
 
 
 def picture_keys(table, column: str, root: Path) -> list[str]:
@@ -120,79 +122,80 @@ def use_caches(
     if cfg.data.cache == "none":
         return
     if cfg.data.cache == "all" and cfg.model.lora.text_encoder_r:
-        raise UserError("model.lora.text_encoder_r trains the text encoder, so that its states cannot be cached; set "
-                        "data.cache to latents or none")  # fmt: skip
+        raise UserError(
+            "model.lora.text_encoder_r trains the text encoder, so that its states cannot be cached; set data.cache "
+            "to latents or none"
+        )
     root = Path(cfg.data.cache_dir) / "encoded"
     check_writable(root)
-    for part in _parts(cfg, base, dataset, root, precision):
-        folder = root / f"{part.name}-{part.maker}"
+    for encoding in _encodings(cfg, base, dataset, root, precision):
+        folder = root / f"{encoding.name}-{encoding.maker}"
         if rebuild and processes.is_main():
             shutil.rmtree(folder, ignore_errors=True)
         processes.wait()
-        present = Cache(folder)
-        missing = {key: row for row, key in enumerate(part.keys) if key not in present}
+        cache = Cache(folder)
+        missing = {key: row for row, key in enumerate(encoding.keys) if key not in cache}
         processes.wait()  # all have looked before any writes
         if missing:
             with autocast(base.device, precision):
-                _build(folder, part, missing, cfg.data.num_workers)
+                _build(folder, encoding, missing, cfg.data.num_workers)
             processes.wait()
-            present = Cache(folder)
-        dataset.cached[part.name] = CachedRows(present, part.keys)
+            cache = Cache(folder)
+        dataset.cached[encoding.name] = CachedRows(cache, encoding.keys)
 
 
-def _parts(cfg: Config, base: BaseModel, dataset: ATLASLarge, root: Path, precision) -> list[Part]:
+def _encodings(cfg: Config, base: BaseModel, dataset: ATLASLarge, root: Path, precision) -> list[Encoding]:
+    """What data.cache asks for."""
+
+    def encode_textures(pixels: Tensor) -> Tensor:  # (B, 2, 4, h, w)
+        return torch.stack(encode_posterior(base.vae, pixels.to(base.device)), dim=1)
+
+    def encode_pictures(pixels: Tensor) -> Tensor:  # (B, T, D')
+        # Weights of half precision give tokens of half precision: nothing is lost in half the space.
+        return encode_images(base, pixels).to(base.image_encoder.dtype)
+
     how = (str(VERSION), str(precision))
     maker = digest(weights_digest(base.vae), str(dataset.resolution), *how)
-    parts = [Part(
-        "posterior", maker, picture_keys(dataset.textures, "texture", root), dataset.texture,
-        lambda pixels: torch.stack(encode_posterior(base.vae, pixels.to(base.device)), dim=1),  # (B, 2, 4, h, w)
-    )]  # fmt: skip
+    keys = picture_keys(dataset.textures, "texture", root)
+    encodings = [Encoding("posterior", maker, keys, dataset.texture, encode_textures)]
     if cfg.data.cache == "all":
         prompts = [cfg.model.prompt_template.format(prompt=prompt) for prompt in dataset.prompts]
         maker = digest(weights_digest(base.text_encoder), base.tokenizer.backend_tokenizer.to_str(), *how)
-        parts.append(Part(
-            "text_states", maker, [digest(prompt) for prompt in prompts], prompts.__getitem__,
-            lambda batch: encode_prompts(base, batch),
-        ))  # fmt: skip
+        keys = [digest(prompt) for prompt in prompts]
+        encode_texts = partial(encode_prompts, base)  # (B, L, D)
+        encodings.append(Encoding("text_states", maker, keys, prompts.__getitem__, encode_texts))
     if cfg.data.cache == "all" and dataset.renders is not None:
         settings = (*base.image_processor.image_mean, *base.image_processor.image_std, *dataset.image_size)
         maker = digest(weights_digest(base.image_encoder), *map(str, settings), *how)
-        parts.append(Part(
-            "image_tokens", maker, picture_keys(dataset.renders, "image", root), dataset.image,
-            # Weights of half precision give tokens of half precision: nothing is lost in half the space.
-            lambda pixels: encode_images(base, pixels).to(base.image_encoder.dtype),
-        ))  # fmt: skip
-    return parts
+        keys = picture_keys(dataset.renders, "image", root)
+        encodings.append(Encoding("image_tokens", maker, keys, dataset.image, encode_pictures))
+    return encodings
 
 
 @torch.no_grad()
-def _build(folder: Path, part: Part, missing: dict[str, int], num_workers: int) -> None:
+def _build(folder: Path, encoding: Encoding, missing: dict[str, int], num_workers: int) -> None:
     """Makes this process's shards of the missing entries, {key: row}."""
     check_writable(folder)
     keys = list(missing)
-    groups = [keys[start : start + ROWS_PER_SHARD] for start in range(0, len(keys), ROWS_PER_SHARD)]
-    checked = not processes.is_main()
-    with tqdm(total=len(keys), desc=f"cache of {part.name}", unit="row", disable=not processes.is_main()) as progress:
-        for number, group in enumerate(groups):
-            if number % processes.world_size() != processes.rank():
-                continue
-            inputs = DataLoader(
-                _Inputs(part.read, [missing[key] for key in group]), ROWS_AT_ONCE, num_workers=num_workers
-            )
+    shards = [keys[start : start + ROWS_PER_SHARD] for start in range(0, len(keys), ROWS_PER_SHARD)]
+    is_main = processes.is_main()
+    is_space_checked = not is_main
+    name = f"cache of {encoding.name}"
+    with tqdm(total=len(keys), desc=name, unit="row", disable=not is_main) as progress:
+        for shard_keys in shards[processes.rank() :: processes.world_size()]:
+            inputs = _Inputs(encoding.read, [missing[key] for key in shard_keys])
             entries = {}
             with one_line_errors():
-                for batch in inputs:
-                    made = part.encode(batch).cpu()
-                    if not checked:
-                        _check_space(folder, len(keys), made[0], progress)
-                        checked = True
-                    for key, entry in zip(group[len(entries) :], made):
-                        if not entry.isfinite().all():
-                            raise UserError(f"{part.name} of row {missing[key]} is not finite; set "
-                                            "training.mixed_precision to bf16 or no")  # fmt: skip
+                for batch in DataLoader(inputs, ROWS_AT_ONCE, num_workers=num_workers):
+                    encoded = encoding.encode(batch).cpu()  # (B, ...)
+                    if not is_space_checked:
+                        _check_space(folder, len(keys), encoded[0], progress)
+                        is_space_checked = True
+                    for key, entry in zip(shard_keys[len(entries) :], encoded):
+                        _check_finite(entry, f"{encoding.name} of row {missing[key]}")
                         entries[key] = entry.clone(memory_format=torch.contiguous_format)
-                    progress.update(len(made))
-            _write(folder / f"{digest(*group)}.safetensors", entries)
+                    progress.update(len(encoded))
+            _write(folder / f"{digest(*shard_keys)}.safetensors", entries)
 
 
 class _Inputs(torch.utils.data.Dataset):
@@ -208,12 +211,20 @@ class _Inputs(torch.utils.data.Dataset):
         return self.read(self.rows[index])
 
 
+def _check_finite(entry: Tensor, name: str) -> None:
+    if not entry.isfinite().all():
+        raise UserError(f"{name} is not finite; set training.mixed_precision to bf16 or no")
+
+
 def _check_space(folder: Path, count: int, entry: Tensor, progress: tqdm) -> None:
-    needed, free = count * entry.numel() * entry.element_size() / 1e6, shutil.disk_usage(folder).free / 1e6
+    needed = count * entry.numel() * entry.element_size() / 1e6
+    free = shutil.disk_usage(folder).free / 1e6
     progress.write(f"{folder} will take {needed:.1f} MB for {count} rows; {free:.0f} MB are free")
     if needed > free:
-        raise UserError(f"{folder} needs {needed:.1f} MB but {free:.0f} MB are free; set data.cache_dir to another "
-                        "disk or data.cache to none")  # fmt: skip
+        raise UserError(
+            f"{folder} needs {needed:.1f} MB but {free:.0f} MB are free; set data.cache_dir to another disk or "
+            "data.cache to none"
+        )
 
 
 def _write(file: Path, entries: dict[str, Tensor]) -> None:

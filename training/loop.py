@@ -30,9 +30,13 @@ LAST_PLACE = 2**32 - 2  # in a step, for what is drawn once and not for a row
 
 
 def train(
-    cfg: Config, task: str, dry_run: bool = False, resume: str | None = None, cache_only: bool = False,
+    cfg: Config,
+    task: str,
+    dry_run: bool = False,
+    resume: str | None = None,
+    cache_only: bool = False,
     rebuild_cache: bool = False,
-) -> Path | None:  # fmt: skip
+) -> Path | None:
     """Trains LoRA and aligner on one task and returns the last checkpoint (None after a dry run).
 
     task: "t2uv", "i2uv" or "joint". resume: a checkpoint's folder, or "auto" for the newest of this task, if there is
@@ -40,14 +44,11 @@ def train(
     UserError for what the configuration or its files have wrong.
     """
     run = set_up(cfg, task, rebuild_cache)
-    cfg, checkpoint = run.cfg, None
+    cfg, output = run.cfg, run.cfg.output
     if cache_only:
         processes.say(report(run))
         return None
-    if resume:
-        checkpoint = newest_state(run.folder) if resume == "auto" else Path(resume)
-        if checkpoint:
-            run.restore(load_state(checkpoint, cfg, task))
+    checkpoint = go_on_from(run, resume) if resume else None
     processes.say(dump_config(cfg))
     processes.say(report(run))
     processes.say(f"resume    {f'{checkpoint} at step {run.global_step}' if checkpoint else 'no: from the start'}")
@@ -57,13 +58,11 @@ def train(
             processes.say(estimate(next(batches), run))
         return None
     check_writable(run.folder)
-    check_writable(cfg.output.log_dir)
+    check_writable(output.log_dir)
 
-    log = RunLog(run)
-    progress = tqdm(range(run.global_step + 1, run.total_steps + 1), desc=task, unit="step", initial=run.global_step,
-                    total=run.total_steps, disable=not processes.is_main())  # fmt: skip
+    log, steps = RunLog(run), steps_to_go(run)
     with StopRequest() as stop:
-        for global_step in progress:
+        for global_step in steps:
             with log.counting_flops():
                 losses, prompts = optimizer_step(run, global_step, batches, log)
             if run.skipped > cfg.training.max_skipped_steps:
@@ -72,22 +71,19 @@ def train(
             log.step(losses)
 
             is_last = global_step == run.total_steps
-            stopping = processes.any_process(stop.requested, run.base.device)
-            if global_step % cfg.output.log_every == 0 or is_last:
-                found = log.flush(global_step)
-                progress.set_postfix({
-                    name.removeprefix("loss/"): f"{value:.3f}" for name, value in found.items() if "loss/" in name
-                })  # fmt: skip
-            if run.validation and (global_step % cfg.output.validate_every == 0 or is_last):
+            is_stopping = processes.any_process(stop.requested, run.base.device)
+            if is_last or global_step % output.log_every == 0:
+                steps.set_postfix(shown_losses(log.flush(global_step)))
+            if run.validation and (is_last or global_step % output.validate_every == 0):
                 with log.paused(), run.averaged(), run.evaluating():
                     log.scalars(validation_losses(run), global_step)
-            if global_step % cfg.output.save_every == 0 or is_last or stopping:
+            if is_last or is_stopping or global_step % output.save_every == 0:
                 checkpoint = save(run)
-            if stopping and not is_last:
+            if is_stopping and not is_last:
                 log.close()
                 processes.say(f"stopped at step {global_step}, saved in {checkpoint}; --resume auto goes on")
                 raise SystemExit(STOPPED)
-            if (global_step % cfg.output.sample_every == 0 or is_last) and processes.is_main():
+            if processes.is_main() and (is_last or global_step % output.sample_every == 0):
                 with log.paused(), run.averaged(), run.evaluating():
                     log.image("samples", sample_grid(run), global_step)
     log.close()
@@ -102,40 +98,61 @@ def optimizer_step(
 
     A gradient that is not finite changes nothing and is counted in run.skipped.
     """
-    totals, prompts, seed = defaultdict(float), [], run.cfg.training.seed
-    rank, rows = processes.rank(), run.schedule.batch_size
+    seed, rank, batch_size = run.cfg.training.seed, processes.rank(), run.schedule.batch_size
+    mean_losses, prompts = defaultdict(float), []
     # LoRA's dropout draws from torch's own stream.
     torch.manual_seed(row_generator(seed, global_step, LAST_PLACE - rank).initial_seed())
     for micro_step in range(run.accumulation):
         with log.waiting(), one_line_errors():
             batch = next(batches)
         prompts += batch["prompt"]
-        first = (micro_step * processes.world_size() + rank) * rows
-        for losses in batch_losses(run, batch, RowDraws(seed, global_step, range(first, first + rows))):
+        first_place = (micro_step * processes.world_size() + rank) * batch_size
+        draws = RowDraws(seed, global_step, range(first_place, first_place + batch_size))
+        for losses in batch_losses(run, batch, draws):
             # Backward before the next condition's forward: one UNet graph is alive at a time.
             run.scaler.scale(losses["loss/combined"] / run.accumulation).backward()
             for name, loss in losses.items():
-                totals[name] = totals[name] + loss.detach() / run.accumulation
-    processes.mean_over_processes(
-        [p.grad for p in run.parameters if p.grad is not None] + [total.view(1) for total in totals.values()]
-    )
+                mean_losses[name] = mean_losses[name] + loss.detach() / run.accumulation
+
+    gradients = [parameter.grad for parameter in run.parameters if parameter.grad is not None]
+    processes.mean_over_processes([*gradients, *(loss.view(1) for loss in mean_losses.values())])
     run.scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.schedule.max_grad_norm)
-    found = {"learning_rate": run.lr_scheduler.get_last_lr()[0]}
-    if norm.isfinite():
-        found |= {name: total.item() for name, total in totals.items()} | {"gradient_norm": norm.item()}
+    gradient_norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.schedule.max_grad_norm)
+    is_finite = bool(gradient_norm.isfinite())
+    scalars = {"learning_rate": run.lr_scheduler.get_last_lr()[0], "skipped_steps": float(not is_finite)}
+    if is_finite:
+        scalars |= {name: loss.item() for name, loss in mean_losses.items()}
+        scalars["gradient_norm"] = gradient_norm.item()
         run.skipped = 0
         run.scaler.step(run.optimizer)
         if run.ema:
             run.ema.step(run.parameters)
-    elif run.scaler.get_scale() <= 1:
+    elif run.scaler.get_scale() <= 1:  # an fp16 overflow lowers the scale and is no divergence until that is down
         run.skipped += 1
-    # An fp16 overflow lowers the scale and is no divergence until the scale is down.
-    found["skipped_steps"] = float(not norm.isfinite())
     run.scaler.update()
     run.lr_scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)
-    return found, prompts
+    return scalars, prompts
+
+
+def go_on_from(run: Run, resume: str) -> Path | None:
+    """Restores the run from the checkpoint that `train` is told to resume from → that checkpoint, None without one."""
+    checkpoint = newest_state(run.folder) if resume == "auto" else Path(resume)
+    if checkpoint:
+        run.restore(load_state(checkpoint, run.cfg, run.task))
+    return checkpoint
+
+
+def steps_to_go(run: Run) -> tqdm:
+    """The numbers of the optimiser steps that are left, under a progress bar."""
+    done, total = run.global_step, run.total_steps
+    disable = not processes.is_main()
+    return tqdm(range(done + 1, total + 1), run.task, unit="step", initial=done, total=total, disable=disable)
+
+
+def shown_losses(scalars: dict[str, float]) -> dict[str, str]:
+    """The losses among what was logged, for the progress bar."""
+    return {name.removeprefix("loss/"): f"{value:.3f}" for name, value in scalars.items() if "loss/" in name}
 
 
 def save(run: Run) -> Path:
@@ -156,10 +173,10 @@ class StopRequest:
     requested = False
 
     def __enter__(self):
-        self.earlier = {}
+        self.earlier_handlers = {}
         if threading.current_thread() is threading.main_thread():  # only there can signals be handled
             for number in (signal.SIGTERM, signal.SIGINT):
-                self.earlier[number] = signal.signal(number, self.note)
+                self.earlier_handlers[number] = signal.signal(number, self.note)
         return self
 
     def note(self, number, frame):
@@ -167,7 +184,7 @@ class StopRequest:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, *_):
-        for number, handler in self.earlier.items():
+        for number, handler in self.earlier_handlers.items():
             signal.signal(number, handler)
 
 
@@ -179,9 +196,9 @@ def outlive_the_step(worker: int) -> None:
 
 
 def diverged(run: Run, global_step: int, checkpoint: Path | None, prompts: list[str]) -> UserError:
-    shown = "; ".join(prompts[:4]) + ("; ..." if len(prompts) > 4 else "")
+    rows = "; ".join(prompts[:4]) + ("; ..." if len(prompts) > 4 else "")
     return UserError(
-        f"the gradient was not finite in {run.skipped} steps in a row, up to step {global_step} on the rows {shown!r}; "
+        f"the gradient was not finite in {run.skipped} steps in a row, up to step {global_step} on the rows {rows!r}; "
         f"lower training.{run.task}.learning_rate. The last good checkpoint is {checkpoint or 'not yet written'}"
     )
 
@@ -190,13 +207,14 @@ def open_batches(run: Run) -> Iterator[dict]:
     """This process's batches from run.global_step on."""
     cfg, rank, count = run.cfg, processes.rank(), processes.world_size()
     start = run.global_step * run.accumulation * count + rank
-    return iter(DataLoader(
+    loader = DataLoader(
         run.dataset,
         batch_sampler=shuffled_batches(run.dataset, run.schedule.batch_size, cfg.training.seed, start, count),
         num_workers=cfg.data.num_workers,
         worker_init_fn=outlive_the_step,
         pin_memory=run.base.device.type == "cuda",
-    ))  # fmt: skip
+    )
+    return iter(loader)
 
 
 def shuffled_batches(
@@ -207,12 +225,13 @@ def shuffled_batches(
 
     Epoch e has the numbers e * rows .. (e + 1) * rows - 1: the data set takes them for the same rows again.
     """
-    order, known, rows = None, None, len(dataset)
+    rows = len(dataset)
+    order, order_epoch = None, None
     for batch in itertools.count(start, stride):
         numbers = []
         for position in range(batch * batch_size, (batch + 1) * batch_size):
             epoch, place = divmod(position, rows)
-            if epoch != known:
-                order, known = dataset.shuffled(np.random.default_rng([seed, epoch])), epoch
+            if epoch != order_epoch:
+                order, order_epoch = dataset.shuffled(np.random.default_rng([seed, epoch])), epoch
             numbers.append(epoch * rows + int(order[place]))
         yield numbers

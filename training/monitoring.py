@@ -26,11 +26,12 @@ from training.objective import RowDraws, batch_losses
 from training.run import Run
 from training.tasks import CONDITIONS
 
-PEAK_TFLOPS = {  # of bf16 matrix products without sparsity, by the makers' data sheets
-    "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "RTX 4090": 165,
-    "RTX 3090": 71, "V100": 125, "T4": 65,
-}  # fmt: skip
+PEAK_TFLOPS = {  # of bf16 matrix products without sparsity, by the makers' data sheets; the longer names first
+    **{"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121},
+    **{"A10": 125, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65},
+}
 BLOCK_GROUPS = ("down_blocks", "mid_block", "up_blocks")
+VIEW_SIZE = 256  # of each view in the grid of samples, in pixels
 
 
 class RunLog:
@@ -47,7 +48,9 @@ class RunLog:
         self._restart()
 
     def _restart(self) -> None:
-        self.running, self.steps, self.waited, self.clock = defaultdict(list), 0, 0.0, time.perf_counter()
+        self.since_flush = defaultdict(list)  # name → a value a step
+        self.steps, self.waited = 0, 0.0
+        self.clock = time.perf_counter()
 
     @contextmanager
     def paused(self):
@@ -76,21 +79,22 @@ class RunLog:
     def step(self, losses: dict[str, float]) -> None:
         self.steps += 1
         for name, value in losses.items():
-            self.running[name].append(value)
+            self.since_flush[name].append(value)
 
     def flush(self, global_step: int) -> dict[str, float]:
         """Writes and returns the means since the last time."""
-        seconds, device, run = time.perf_counter() - self.clock, self.run.base.device, self.run
+        run, device = self.run, self.run.base.device
+        seconds = time.perf_counter() - self.clock
         samples = self.steps * run.schedule.effective_batch_size * len(CONDITIONS[run.task])
-        found = {name: sum(values) / len(values) for name, values in self.running.items()}
-        found |= {"samples_per_second": samples / seconds, "data_wait_share": self.waited / seconds}
-        found["peak_memory_gb"] = peak_memory(device) / 1e9
-        found |= lora_norms(run.base.unet)
+        means = {name: sum(values) / len(values) for name, values in self.since_flush.items()}
+        means |= {"samples_per_second": samples / seconds, "data_wait_share": self.waited / seconds}
+        means["peak_memory_gb"] = peak_memory(device) / 1e9
+        means |= lora_norms(run.base.unet)
         if self.flops and (peak := peak_flops(device)):
-            found["mfu"] = self.flops * self.steps / seconds / peak
-        self.scalars(found, global_step)
+            means["mfu"] = self.flops * self.steps / seconds / peak
+        self.scalars(means, global_step)
         self._restart()
-        return found
+        return means
 
     def scalars(self, values: dict[str, float], global_step: int) -> None:
         self.latest |= values
@@ -106,8 +110,9 @@ class RunLog:
         """Writes the settings beside the last losses, to compare runs by."""
         if self.writer is None:
             return
-        final = {f"final/{name}": value for name, value in self.latest.items() if name.startswith(("loss/", "val/"))}
-        self.writer.add_hparams(flat_settings(self.run.cfg.model_dump()), final, run_name=".")
+        losses = {name: value for name, value in self.latest.items() if name.startswith(("loss/", "val/"))}
+        final_losses = {f"final/{name}": value for name, value in losses.items()}
+        self.writer.add_hparams(flat_settings(self.run.cfg.model_dump()), final_losses, run_name=".")
         self.writer.close()
 
 
@@ -131,100 +136,125 @@ def peak_memory(device: torch.device) -> int:
 
 def peak_flops(device: torch.device) -> float | None:
     """FLOP a second that the card can do in bf16; None for a card that is not listed."""
-    name = torch.cuda.get_device_name(device)
-    return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    device_name = torch.cuda.get_device_name(device)
+    return next((1e12 * peak for card, peak in PEAK_TFLOPS.items() if card in device_name), None)
 
 
 def lora_norms(unet) -> dict[str, float]:
     """Norm of the LoRA weights in each group of the UNet's blocks."""
-    groups = defaultdict(list)
+    weights_of = defaultdict(list)
     for name, parameter in unet.named_parameters():
         if "lora_" in name:
-            groups[next((group for group in BLOCK_GROUPS if name.startswith(group)), "rest")].append(parameter.detach())
-    norms = {group: torch.linalg.vector_norm(torch.stack(torch._foreach_norm(part))) for group, part in groups.items()}
-    return {f"lora_norm/{group}": norm.item() for group, norm in norms.items()}
+            group = next((group for group in BLOCK_GROUPS if name.startswith(group)), "rest")
+            weights_of[group].append(parameter.detach())
+    norms = {}
+    for group, weights in weights_of.items():
+        norms[f"lora_norm/{group}"] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(weights)))
+    return {name: norm.item() for name, norm in norms.items()}
 
 
 def report(run: Run) -> str:
     """The run in a few lines: what is trained, on what, for how long."""
     cfg, rows, step_rows = run.cfg, len(run.dataset), run.schedule.effective_batch_size
-    count = {name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in run.base.modules().items()}
-    trained = sum(p.numel() for p in run.parameters) / 1e6
-    in_aligner = sum(p.numel() for p in run.aligner.parameters()) / 1e6 if run.aligner else 0.0
+    sizes = {name: millions(module.parameters()) for name, module in run.base.modules().items()}
+    modules = ", ".join(f"{name} {size:.1f} M" for name, size in sizes.items())
+    trained = millions(run.parameters)
+    in_aligner = millions(run.aligner.parameters()) if run.aligner else 0.0
     held_out = f", {len(run.validation)} held out" if run.validation else ""
     cached = ", ".join(run.dataset.cached) or "nothing"
-    return "\n".join([
-        f"base      {cfg.model.pretrained_model}: " + ", ".join(f"{name} {size:.1f} M" for name, size in count.items()),
+    epochs = run.total_steps * step_rows / rows
+    lines = [
+        f"base      {cfg.model.pretrained_model}: {modules}",
         f"trained   {trained:.2f} M parameters: LoRA {trained - in_aligner:.2f} M, aligner {in_aligner:.2f} M",
         f"data      {cfg.data.dataset}: {rows} rows{held_out}; {cached} cached on disk",
-        f"steps     {run.total_steps} of {step_rows} rows ({run.total_steps * step_rows / rows:.1f} epochs)",
+        f"steps     {run.total_steps} of {step_rows} rows ({epochs:.1f} epochs)",
         f"device    {run.base.device}, autocast {run.precision or 'off'}, {processes.world_size()} processes",
-    ])  # fmt: skip
+    ]
+    return "\n".join(lines)
+
+
+def millions(parameters) -> float:
+    return sum(parameter.numel() for parameter in parameters) / 1e6
+
+
+def total_bytes(parameters) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
 def estimate(batch: dict, run: Run) -> str:
     """Memory and disk of a run, counted: weights, optimiser, and what the backward of one and of two rows keeps."""
 
-    def kept_by(rows: int) -> int:
-        kept: dict[int, int] = {}
-
-        def count(tensor: torch.Tensor) -> torch.Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        part, largest = {key: value[:rows] for key, value in batch.items()}, 0
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            for losses in batch_losses(run, part, RowDraws(run.cfg.training.seed, 1, range(rows))):
-                losses["loss/combined"].backward()
-                largest = max(largest, sum(kept.values()))
-                kept.clear()
-        return largest
-
-    schedule, one = run.schedule, kept_by(1)
-    a_row = kept_by(2) - one if schedule.batch_size > 1 else 0  # what weights keep does not grow with the rows
-    frozen = sum(p.numel() * p.element_size() for module in run.base.modules().values() for p in module.parameters())
-    trained = sum(p.numel() * p.element_size() for p in run.parameters)
+    schedule, cfg = run.schedule, run.cfg
+    one_row = bytes_kept(batch, run, 1)
+    next_row = bytes_kept(batch, run, 2) - one_row if schedule.batch_size > 1 else 0  # weights keep theirs once
+    frozen = sum(total_bytes(module.parameters()) for module in run.base.modules().values())
+    trained = total_bytes(run.parameters)
     copies = 5 if run.ema else 4
     memory = {
         "frozen weights": frozen,
         "trained weights, gradients and optimiser": copies * trained,
-        f"activations of {schedule.batch_size} rows": one + a_row * (schedule.batch_size - 1),
+        f"activations of {schedule.batch_size} rows": one_row + next_row * (schedule.batch_size - 1),
     }
-    checkpoints = math.ceil(run.total_steps / run.cfg.output.save_every)
-    checkpoints = min(checkpoints, run.cfg.output.keep_last or checkpoints)
-    parts = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in memory.items())
-    size = copies * trained / 1e6
-    return "\n".join([
-        f"memory    {sum(memory.values()) / 1e9:.2f} GB: {parts}",
-        f"disk      {checkpoints * size:.1f} MB: {checkpoints} checkpoints of {size:.1f} MB",
+    memory_items = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in memory.items())
+    checkpoints = math.ceil(run.total_steps / cfg.output.save_every)
+    checkpoints = min(checkpoints, cfg.output.keep_last or checkpoints)
+    megabytes = copies * trained / 1e6
+    lines = [
+        f"memory    {sum(memory.values()) / 1e9:.2f} GB: {memory_items}",
+        f"disk      {checkpoints * megabytes:.1f} MB: {checkpoints} checkpoints of {megabytes:.1f} MB",
         "dry run: one batch went through; nothing was trained",
-    ])  # fmt: skip
+    ]
+    return "\n".join(lines)
+
+
+def bytes_kept(batch: dict, run: Run, rows: int) -> int:
+    """Bytes that the backward of the batch's first rows keeps, of the condition that keeps the most."""
+    kept: dict[int, int] = {}  # address → bytes
+    largest = 0
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    first_rows = {key: value[:rows] for key, value in batch.items()}
+    draws = RowDraws(run.cfg.training.seed, 1, range(rows))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        for losses in batch_losses(run, first_rows, draws):
+            losses["loss/combined"].backward()
+            largest = max(largest, sum(kept.values()))
+            kept.clear()
+    return largest
 
 
 @torch.no_grad()
 def sample_grid(run: Run) -> Tensor:
     """Textures for the configured prompts and two rows of the data set, each with four views → (3, H, W) in [0, 1]."""
-    cfg, base, dataset, task = run.cfg, run.base, run.validation or run.dataset, run.task
-    trained = TrainedModel(base, run.aligner, cfg)
+    cfg, dataset, conditions = run.cfg, run.validation or run.dataset, CONDITIONS[run.task]
+    trained = TrainedModel(run.base, run.aligner, cfg)
     rows = list(range(0, len(dataset), max(1, len(dataset) // 2)))[:2]
-    conditions = []
-    with autocast(base.device, run.precision):
-        if "text" in CONDITIONS[task]:
+    states = []  # (1, L, D) each
+    with autocast(run.base.device, run.precision):
+        if "text" in conditions:
             prompts = [*cfg.output.sample_prompts, *(dataset[row]["prompt"] for row in rows)]
-            conditions += [condition(trained, prompt, None, 0) for prompt in prompts]
-        if "image" in CONDITIONS[task]:
-            conditions += [condition(trained, None, image_from_pixels(dataset.picture(row)), 1) for row in rows]
+            states += [condition(trained, prompt, None, 0) for prompt in prompts]
+        if "image" in conditions:
+            pictures = [image_from_pixels(dataset.picture(row)) for row in rows]
+            states += [condition(trained, None, picture, 1) for picture in pictures]
+        settings = cfg.inference
         textures = generate(
-            trained, torch.cat(conditions), cfg.inference.negative_prompt, list(range(len(conditions))),
-            cfg.inference.num_inference_steps, cfg.inference.guidance_scale,
-        ).cpu()  # fmt: skip
-    size = 256
-    cameras = orbit_cameras(
-        run.body, torch.tensor([0.0, 90.0, 180.0, 270.0]), torch.full((4,), 8.0), torch.full((4,), 30.0)
-    )
+            trained,
+            torch.cat(states),
+            settings.negative_prompt,
+            list(range(len(states))),
+            settings.num_inference_steps,
+            settings.guidance_scale,
+        ).cpu()  # (B, 3, H, W) in [-1, 1]
+    azimuth = torch.tensor([0.0, 90.0, 180.0, 270.0])
+    cameras = orbit_cameras(run.body, azimuth, torch.full((4,), 8.0), torch.full((4,), 30.0))
     lines = []
-    for texture in textures:
-        views = render_views(run.body, (texture[None] + 1) / 2, cameras, size, size)
-        thumbnail = F.interpolate((texture[None] + 1) / 2, size=(size, size), mode="area")
+    for texture in ((textures + 1) / 2).split(1):  # (1, 3, H, W) in [0, 1]
+        views = render_views(run.body, texture, cameras, VIEW_SIZE, VIEW_SIZE)
+        thumbnail = F.interpolate(texture, size=(VIEW_SIZE, VIEW_SIZE), mode="area")
         lines.append(torch.cat([*thumbnail, *views], dim=-1))
     return torch.cat(lines, dim=-2)

@@ -42,8 +42,9 @@ class RowDraws:
 
 def row_generator(*numbers: int) -> torch.Generator:
     """A generator seeded by these numbers; each must be there, since trailing zeros would not count."""
-    words = np.random.SeedSequence([len(numbers), *(number + 1 for number in numbers)]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(words[0] >> 1))
+    seeds = np.random.SeedSequence([len(numbers), *(number + 1 for number in numbers)])
+    word = seeds.generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(word >> 1))
 
 
 def batch_losses(run: Run, batch: dict, draws: RowDraws) -> Iterator[dict[str, Tensor]]:
@@ -55,43 +56,65 @@ def batch_losses(run: Run, batch: dict, draws: RowDraws) -> Iterator[dict[str, T
     through the UNet at once.
     """
     base, schedule, conditions = run.base, run.schedule, CONDITIONS[run.task]
-    weight = {"text": schedule.alpha, "image": schedule.beta} if run.task == "joint" else {"text": 1.0, "image": 1.0}
+    needs_text = "text" in conditions or schedule.gamma or schedule.both_share
     with autocast(base.device, run.precision):
-        mean, std = posterior(run, batch)
-        latents = sample_posterior(base.vae, mean, std, draws.normal(mean.shape[1:]).to(mean))  # (B, 4, H/8, W/8)
-        text_states = None
-        if "text" in conditions or schedule.gamma or schedule.both_share:
-            text_states = prompt_states(run, batch)  # (B, L, D)
-    for kinds in [conditions] if schedule.schedule == "paired" else [(kind,) for kind in conditions]:
-        noises, timesteps, states, losses = [], [], [], {}
-        null_states = run.null_states  # (1, L, D)
-        if null_states is None:  # being trained: a graph for each backward
-            with autocast(base.device, run.precision):
-                null_states = encode_prompts(base, [""])
-        for kind in kinds:
-            noises.append(draws.normal(latents.shape[1:]).to(latents))
-            timesteps.append(draws.integers(base.noise_scheduler.config.num_train_timesteps).to(latents.device))
-            encoder_hidden_states = text_states
-            if kind == "image":
-                with autocast(base.device, run.precision):
-                    encoder_hidden_states = picture_states(run, batch)
-                if schedule.gamma:
-                    losses["loss/align"] = F.mse_loss(encoder_hidden_states, text_states.detach())
-                if schedule.both_share:
-                    share = torch.where(draws.uniform() < schedule.both_share, draws.uniform(), torch.ones(()))
-                    share = share.to(latents.device)[:, None, None]
-                    encoder_hidden_states = torch.lerp(text_states.detach(), encoder_hidden_states, share)
-            dropped = draws.uniform() < schedule.condition_dropout
-            states.append(drop_conditions(encoder_hidden_states, null_states, dropped))
-        repeated = latents.repeat(len(kinds), 1, 1, 1)
-        errors = denoising_errors(run, repeated, torch.cat(noises), torch.cat(timesteps), torch.cat(states))
-        if run.cfg.training.min_snr_gamma:
-            errors = errors * min_snr_weight(base.noise_scheduler, torch.cat(timesteps), run.cfg.training.min_snr_gamma)
-        combined = schedule.gamma * losses["loss/align"] if losses else 0.0
-        for kind, part in zip(kinds, errors.chunk(len(kinds))):
-            losses[f"loss/{LOSS_NAME[kind]}"] = part.mean()
-            combined = combined + weight[kind] * part.mean()
-        yield {**losses, "loss/combined": combined}
+        mean, std = posterior(run, batch)  # (B, 4, H/8, W/8) each
+        posterior_noise = draws.normal(mean.shape[1:]).to(mean)
+        latents = sample_posterior(base.vae, mean, std, posterior_noise)  # (B, 4, H/8, W/8)
+        text_states = prompt_states(run, batch) if needs_text else None  # (B, L, D)
+    forwards = [conditions] if schedule.schedule == "paired" else [(kind,) for kind in conditions]
+    for kinds in forwards:
+        yield forward_losses(run, batch, draws, kinds, latents, text_states)
+
+
+def forward_losses(
+    run: Run, batch: dict, draws: RowDraws, kinds: tuple[str, ...], latents: Tensor, text_states: Tensor | None
+) -> dict[str, Tensor]:
+    """The losses of one forward of the UNet, of K kinds of conditions for each row. Arguments as in `batch_losses`."""
+    schedule, noise_scheduler = run.schedule, run.base.noise_scheduler
+    num_train_timesteps = noise_scheduler.config.num_train_timesteps
+    null_states = run.null_states  # (1, L, D)
+    if null_states is None:  # being trained: a graph for each backward
+        with autocast(run.base.device, run.precision):
+            null_states = encode_prompts(run.base, [""])
+
+    noise, timesteps, encoder_hidden_states, losses = [], [], [], {}
+    for kind in kinds:
+        noise.append(draws.normal(latents.shape[1:]).to(latents))  # (B, 4, H/8, W/8)
+        timesteps.append(draws.integers(num_train_timesteps).to(latents.device))  # (B,)
+        states = text_states  # (B, L, D)
+        if kind == "image":
+            with autocast(run.base.device, run.precision):
+                states = picture_states(run, batch)  # (B, L, D)
+            if schedule.gamma:
+                losses["loss/align"] = F.mse_loss(states, text_states.detach())
+            if schedule.both_share:
+                states = blend_rows(text_states.detach(), states, schedule.both_share, draws)
+        is_dropped = draws.uniform() < schedule.condition_dropout  # (B,)
+        encoder_hidden_states.append(drop_conditions(states, null_states, is_dropped))
+
+    noise, timesteps = torch.cat(noise), torch.cat(timesteps)  # (K B, 4, H/8, W/8), (K B,)
+    encoder_hidden_states = torch.cat(encoder_hidden_states)  # (K B, L, D)
+    latents = latents.repeat(len(kinds), 1, 1, 1)  # (K B, 4, H/8, W/8)
+    errors = denoising_errors(run, latents, noise, timesteps, encoder_hidden_states)  # (K B,)
+    if gamma := run.cfg.training.min_snr_gamma:
+        errors = errors * min_snr_weight(noise_scheduler, timesteps, gamma)
+
+    is_joint = run.task == "joint"
+    weights = {"text": schedule.alpha if is_joint else 1.0, "image": schedule.beta if is_joint else 1.0}
+    combined = schedule.gamma * losses["loss/align"] if "loss/align" in losses else 0.0
+    for kind, kind_errors in zip(kinds, errors.chunk(len(kinds))):
+        loss = kind_errors.mean()
+        losses[f"loss/{LOSS_NAME[kind]}"] = loss
+        combined = combined + weights[kind] * loss
+    return {**losses, "loss/combined": combined}
+
+
+def blend_rows(text_states: Tensor, image_states: Tensor, share: float, draws: RowDraws) -> Tensor:
+    """A share of the rows at a random point between text and image, the others of the image alone: (B, L, D)."""
+    is_blended = draws.uniform() < share  # (B,)
+    image_weight = torch.where(is_blended, draws.uniform(), torch.ones(()))  # (B,)
+    return torch.lerp(text_states, image_states, image_weight.to(image_states.device)[:, None, None])
 
 
 def posterior(run: Run, batch: dict) -> tuple[Tensor, Tensor]:
@@ -102,9 +125,11 @@ def posterior(run: Run, batch: dict) -> tuple[Tensor, Tensor]:
 
 
 def prompt_states(run: Run, batch: dict) -> Tensor:
+    """encoder_hidden_states (B, L, D) of the batch's prompts."""
     if "text_states" in batch:
         return batch["text_states"].to(run.base.device)
-    return encode_prompts(run.base, [run.cfg.model.prompt_template.format(prompt=prompt) for prompt in batch["prompt"]])
+    template = run.cfg.model.prompt_template
+    return encode_prompts(run.base, [template.format(prompt=prompt) for prompt in batch["prompt"]])
 
 
 def picture_states(run: Run, batch: dict) -> Tensor:
@@ -114,6 +139,9 @@ def picture_states(run: Run, batch: dict) -> Tensor:
     else:
         image_tokens = encode_images(run.base, batch["image"])
     return run.aligner(image_tokens).float()
+
+
+STATES_OF = {"text": prompt_states, "image": picture_states}
 
 
 def denoising_errors(
@@ -126,33 +154,36 @@ def denoising_errors(
         noisy_latents = noisy_latents.contiguous(memory_format=torch.channels_last)
     with autocast(run.base.device, run.precision):
         noise_pred = unet(noisy_latents, timesteps, encoder_hidden_states.to(unet.dtype)).sample
-    squared = (noise_pred.float() - training_target(noise_scheduler, latents, noise, timesteps)).square().mean(1)
+    target = training_target(noise_scheduler, latents, noise, timesteps)
+    squared_error = (noise_pred.float() - target).square().mean(1)  # (B, H/8, W/8)
     if run.texel_weight is None:
-        return squared.mean((1, 2))
-    return (squared * run.texel_weight).sum((1, 2)) / run.texel_weight.sum()
+        return squared_error.mean((1, 2))
+    return (squared_error * run.texel_weight).sum((1, 2)) / run.texel_weight.sum()
 
 
 @torch.no_grad()
 def validation_losses(run: Run) -> dict[str, float]:
     """val/t2uv and val/i2uv: the mean error on the held-out rows at the quantiles of the timesteps, with noise that
     depends on the texture alone, so that runs can be compared. Each process takes its share of the rows."""
-    conditions, base, rows = CONDITIONS[run.task], run.base, run.validation
-    totals = torch.zeros(1 + len(conditions), device=base.device)
-    mine = range(processes.rank(), len(rows), processes.world_size())
-    for start in range(0, len(mine), run.schedule.batch_size):
-        batch = default_collate([rows[index] for index in mine[start : start + run.schedule.batch_size]])
+    base, rows, conditions = run.base, run.validation, CONDITIONS[run.task]
+    num_train_timesteps = base.noise_scheduler.config.num_train_timesteps
+    totals = torch.zeros(1 + len(conditions), device=base.device)  # of draws; then of each condition's errors
+    own_rows = range(processes.rank(), len(rows), processes.world_size())
+    for start in range(0, len(own_rows), run.schedule.batch_size):
+        numbers = own_rows[start : start + run.schedule.batch_size]
+        batch = default_collate([rows[number] for number in numbers])
         draws = RowDraws(0, 0, batch["texture_id"].tolist())
         with autocast(base.device, run.precision):
             mean, std = posterior(run, batch)
             latents = sample_posterior(base.vae, mean, std, torch.zeros_like(mean))
-            states = [prompt_states(run, batch) if kind == "text" else picture_states(run, batch)
-                      for kind in conditions]  # fmt: skip
+            states = [STATES_OF[kind](run, batch) for kind in conditions]
         for quantile in range(QUANTILES):
             noise = draws.normal(latents.shape[1:]).to(latents)
-            timestep = int((quantile + 0.5) / QUANTILES * base.noise_scheduler.config.num_train_timesteps)
+            timestep = int((quantile + 0.5) / QUANTILES * num_train_timesteps)
             timesteps = torch.full((len(latents),), timestep, device=latents.device)
             totals[0] += len(latents)
             for place, encoder_hidden_states in enumerate(states, 1):
                 totals[place] += denoising_errors(run, latents, noise, timesteps, encoder_hidden_states).sum()
     processes.mean_over_processes([totals])
-    return {f"val/{LOSS_NAME[kind]}": (total / totals[0]).item() for kind, total in zip(conditions, totals[1:])}
+    means = (totals[1:] / totals[0]).tolist()
+    return {f"val/{LOSS_NAME[kind]}": mean for kind, mean in zip(conditions, means)}

@@ -29,7 +29,7 @@ from render.uv_space import uv_mask
 from training.caching import use_caches
 from training.tasks import CONDITIONS
 
-# Optimisers from packages that are not required: package, class.
+# Optimisers from packages that are not required: module, class.
 OPTIMIZERS = {
     "adamw8bit": ("bitsandbytes.optim", "AdamW8bit"),
     "prodigy": ("prodigyopt", "Prodigy"),
@@ -79,19 +79,24 @@ class Run:
         """What `restore` needs, in types that torch.load(weights_only=True) reads."""
         return {
             "parameters": [parameter.detach().cpu().clone() for parameter in self.parameters],
-            "optimizer": self.optimizer.state_dict(), "lr_scheduler": self.lr_scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(), "ema": self.ema.state_dict() if self.ema else None,
-            "global_step": self.global_step, "skipped": self.skipped,
-        }  # fmt: skip
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "global_step": self.global_step,
+            "skipped": self.skipped,
+        }
 
     def restore(self, state: dict) -> None:
+        """Takes over what `state` gave, but for the learning rates: the configuration may have lowered them."""
         with torch.no_grad():
             for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(saved)
-        rates = self.lr_scheduler.base_lrs  # the configuration's: they may be lowered
-        for name in ("optimizer", "lr_scheduler", "scaler"):
-            if name != "scaler" or state[name]:  # empty when that run was not in fp16
-                getattr(self, name).load_state_dict(state[name])
+        rates = self.lr_scheduler.base_lrs
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if state["scaler"]:  # empty when that run was not in fp16
+            self.scaler.load_state_dict(state["scaler"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
             self.ema.to(self.base.device)
@@ -104,14 +109,13 @@ class Run:
     @contextmanager
     def evaluating(self):
         """Inside, LoRA drops nothing out."""
-        modules = (self.base.unet, self.base.text_encoder)
-        modes = [{part: part.training for part in module.modules()} for module in modules]
-        for module in modules:
+        adapted = (self.base.unet, self.base.text_encoder)
+        modes = {layer: layer.training for module in adapted for layer in module.modules()}
+        for module in adapted:
             module.eval()
         yield
-        for mode in modes:
-            for part, training in mode.items():
-                part.training = training
+        for layer, is_training in modes.items():
+            layer.training = is_training
 
     @contextmanager
     def averaged(self):
@@ -149,7 +153,8 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
             null_states = encode_prompts(base, [""])
 
     dataset = open_dataset(cfg, task, base)
-    cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"body": cfg.data.body or dataset.body})})
+    data = cfg.data.model_copy(update={"body": cfg.data.body or dataset.body})
+    cfg = cfg.model_copy(update={"data": data})
     body = load_body(cfg.data.body)
     use_caches(cfg, base, dataset, precision, rebuild_cache)
     validation = dataset.hold_out(cfg.data.validation_textures) if cfg.data.validation_textures else None
@@ -158,21 +163,39 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
     total_steps = schedule.max_steps or max(1, schedule.num_epochs * len(dataset) // schedule.effective_batch_size)
 
     optimizer = make_optimizer(settings.optimizer, groups, schedule)
-    kind = "constant_with_warmup" if schedule.lr_scheduler == "constant" else schedule.lr_scheduler
-    lr_scheduler = get_scheduler(
-        kind, optimizer, num_warmup_steps=schedule.lr_warmup_steps, num_training_steps=total_steps
-    )
+    decay = "constant_with_warmup" if schedule.lr_scheduler == "constant" else schedule.lr_scheduler
+    warmup = schedule.lr_warmup_steps
+    lr_scheduler = get_scheduler(decay, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     ema = EMAModel(parameters, decay=settings.ema_decay) if settings.ema_decay else None
-    texel_weight = None
-    if settings.outside_weight < 1:
-        side = dataset.resolution // base.vae_scale
-        inside = F.interpolate(uv_mask(body, dataset.resolution)[None, None].float(), size=(side, side), mode="area")
-        texel_weight = (inside + settings.outside_weight * (1 - inside))[0, 0].to(device)
     return Run(
-        cfg, task, base, aligner, parameters, dataset, validation, body, optimizer, lr_scheduler, scaler, ema,
-        precision, total_steps, texel_weight, null_states,
-    )  # fmt: skip
+        cfg=cfg,
+        task=task,
+        base=base,
+        aligner=aligner,
+        parameters=parameters,
+        dataset=dataset,
+        validation=validation,
+        body=body,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        scaler=scaler,
+        ema=ema,
+        precision=precision,
+        total_steps=total_steps,
+        texel_weight=_texel_weight(settings.outside_weight, body, dataset.resolution, base),
+        null_states=null_states,
+    )
+
+
+def _texel_weight(outside_weight: float, body: Body, resolution: int, base: BaseModel) -> Tensor | None:
+    """(h, w) of the latents: 1 inside the UV islands, outside_weight outside; None where that is 1."""
+    if outside_weight == 1:
+        return None
+    side = resolution // base.vae_scale
+    mask = uv_mask(body, resolution)[None, None].float()
+    inside = F.interpolate(mask, size=(side, side), mode="area")[0, 0]
+    return (inside + outside_weight * (1 - inside)).to(base.device)
 
 
 def _add_trained(cfg: Config, task: str, base: BaseModel) -> tuple[torch.nn.Module | None, list[dict]]:
@@ -180,7 +203,7 @@ def _add_trained(cfg: Config, task: str, base: BaseModel) -> tuple[torch.nn.Modu
     pictures) and the optimiser's groups of parameters."""
     schedule = getattr(cfg.training, task)
     torch.manual_seed(cfg.training.seed)
-    lora, aligner = add_lora(base.unet, cfg.model.lora), None
+    aligner, lora = None, add_lora(base.unet, cfg.model.lora)
     if cfg.model.lora.text_encoder_r:
         lora += add_text_encoder_lora(base.text_encoder, cfg.model.lora)
     groups = [{"params": lora}]
@@ -189,7 +212,8 @@ def _add_trained(cfg: Config, task: str, base: BaseModel) -> tuple[torch.nn.Modu
         groups.append({"params": list(aligner.parameters())})
         if schedule.aligner_learning_rate and cfg.training.optimizer != "prodigy":  # which finds one rate for all
             groups[1]["lr"] = schedule.aligner_learning_rate
-    processes.copy_from_main([parameter.data for group in groups for parameter in group["params"]])
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    processes.copy_from_main([parameter.data for parameter in parameters])
     _prepare_unet(base.unet, cfg)
     return aligner, groups
 
@@ -225,13 +249,13 @@ def make_optimizer(name: str, groups: list[dict], schedule: Schedule) -> torch.o
     options = {"lr": schedule.learning_rate, "weight_decay": schedule.weight_decay}
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=True, **options)
-    package, kind = OPTIMIZERS[name]
+    module, class_name = OPTIMIZERS[name]
+    package = module.partition(".")[0]
     try:
-        cls = getattr(importlib.import_module(package), kind)
+        cls = getattr(importlib.import_module(module), class_name)
     except ImportError as error:
         raise UserError(
-            f"training.optimizer {name} needs the package {package.split('.')[0]} ({reason(error)}); install it or "
-            "take adamw"
+            f"training.optimizer {name} needs the package {package} ({reason(error)}); install it or take adamw"
         ) from None
     optimizer = cls(groups, **options)
     if name == "schedulefree":

@@ -1,4 +1,5 @@
 import json
+import shutil
 import types
 
 import datasets
@@ -10,7 +11,7 @@ from PIL import Image
 from atlas_dataset.build_atlas_large import main as build_main
 from atlas_dataset.building import build_dataset
 from atlas_dataset.dataset import INFO_FILE, ATLASLarge
-from atlas_dataset.sources import HuggingFaceATLAS, read_prompts
+from atlas_dataset.sources import HuggingFaceATLAS
 from atlas_dataset.views import frame_bodies, make_background, render_texture, sample_view
 from common.errors import UserError
 from common.pictures import open_image
@@ -21,14 +22,21 @@ from embedded.sources import ProceduralTextures
 from render.rigs import load_body, load_rig
 from render.uv_space import fill_outside
 
+PROMPTS = ["a man in red", "a man in green", "a man in blue", "a man in yellow"]
+
+
+def build_arguments(textures, mesh, views=1) -> list:
+    """The builder's command line, but for --out."""
+    sources = ["--textures", textures, "--prompts", textures / "prompts.txt", "--body", f"obj:{mesh}"]
+    return [*sources, "--views", views, "--height", 32, "--width", 24]
+
 
 def test_built_rows_join_texture_prompt_and_render(dataset_dir, textures, tmp_path):
     rows = ATLASLarge(dataset_dir, True, 16, 32, str(tmp_path))
     assert len(rows) == 12 and len(ATLASLarge(dataset_dir, False, 16, 32, str(tmp_path))) == 4
     row = rows[4]  # the second texture's second view
-    assert (
-        row["prompt"] == "a man in green" and row["texture"].shape == (3, 16, 16) and row["image"].shape == (3, 32, 32)
-    )
+    assert row["prompt"] == "a man in green"
+    assert row["texture"].shape == (3, 16, 16) and row["image"].shape == (3, 32, 32)
     assert row["texture"][1].mean() > 0.5 and row["texture"][0].mean() < -0.5
     centre = row["image"][:, 12:20, 14:18].mean((1, 2))
     assert centre[1] > centre[0] + 0.3 and centre[1] > centre[2] + 0.3, "the render shows its own texture"
@@ -55,13 +63,9 @@ def test_each_picture_is_decoded_once(dataset_dir, tmp_path, monkeypatch):
 
 
 def test_the_seeds_layout_works(tmp_path):
-    def picture(colour, size):
-        return Image.new("RGB", size, colour)
-
-    columns = {
-        "image": [picture(c, (24, 32)) for c in ("red", "blue")],
-        "texture": [picture(c, (32, 32)) for c in ("red", "blue")], "prompt": ["a man in red", "a man in blue"],
-    }  # fmt: skip
+    images = [Image.new("RGB", (24, 32), colour) for colour in ("red", "blue")]
+    textures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    columns = {"image": images, "texture": textures, "prompt": ["a man in red", "a man in blue"]}
     features = datasets.Features(image=datasets.Image(), texture=datasets.Image(), prompt=datasets.Value("string"))
     datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "seed")
     for with_renders in (False, True):
@@ -87,7 +91,7 @@ def test_a_copy_of_atlas(tmp_path, textures, layout):
     else:
         table.save_to_disk(folder)
     atlas = HuggingFaceATLAS(str(folder), textures / "prompts.txt", str(tmp_path / "cache"))
-    assert [atlas[i] for i in range(len(atlas))] == list(zip(encoded, read_prompts(textures / "prompts.txt")))
+    assert [atlas[i] for i in range(len(atlas))] == list(zip(encoded, PROMPTS))
 
 
 def test_building_continues_after_the_last_whole_shard(tmp_path, mesh, textures, monkeypatch):
@@ -97,28 +101,28 @@ def test_building_continues_after_the_last_whole_shard(tmp_path, mesh, textures,
     source = HuggingFaceATLAS(str(textures), textures / "prompts.txt")
     arguments = (source, f"obj:{mesh}", 2)
     whole = build_dataset(*arguments, tmp_path / "whole", 32, 24)
-    original, made = building.render_texture, []
+    real_render, rendered = building.render_texture, []
 
     def fails_at_the_third(*args):
-        made.append(1)
-        if len(made) == 3:
+        rendered.append(1)
+        if len(rendered) == 3:
             raise KeyboardInterrupt
-        return original(*args)
+        return real_render(*args)
 
     monkeypatch.setattr(building, "render_texture", fails_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         build_dataset(*arguments, tmp_path / "cut", 32, 24)
     with pytest.raises(UserError, match="not finished"):
         ATLASLarge(tmp_path / "cut", True, 16)
-    made.clear()
-    monkeypatch.setattr(building, "render_texture", lambda *args: made.append(1) or original(*args))
+    rendered.clear()
+    monkeypatch.setattr(building, "render_texture", lambda *args: rendered.append(1) or real_render(*args))
     build_dataset(*arguments, tmp_path / "cut", 32, 24)
-    assert len(made) == 2, "the two whole shards are not made again"
+    assert len(rendered) == 2, "the two whole shards are not rendered again"
     for file in sorted(whole.rglob("*.parquet")):
         assert file.read_bytes() == (tmp_path / "cut" / file.relative_to(whole)).read_bytes()
     assert not list((tmp_path / "cut").rglob("*.partial"))
     build_dataset(*arguments, tmp_path / "cut", 32, 24)
-    assert len(made) == 2
+    assert len(rendered) == 2
     with pytest.raises(UserError, match="built with views 2, not 3"):
         build_dataset(source, f"obj:{mesh}", 3, tmp_path / "cut", 32, 24)
 
@@ -157,16 +161,17 @@ def test_renders_are_framed_as_their_view_says():
 
 
 def test_backgrounds(tmp_path):
-    from PIL import Image
-
     Image.new("RGB", (30, 50), "red").save(tmp_path / "red.png")
     for kind in ("plain", "gradient", "noise", "white", "pictures"):
-        made = [make_background(kind, np.random.default_rng(seed), 24, 16, str(tmp_path)) for seed in (1, 1, 2)]
-        assert made[0].shape == (3, 24, 16) and made[0].min() >= 0 and made[0].max() <= 1
-        assert torch.equal(made[0], made[1]) and (kind in ("white", "pictures") or not torch.equal(made[0], made[2]))
-        flat = (made[0] == made[0][:, :1, :1]).all()
-        assert flat == (kind in ("plain", "white", "pictures"))
-    assert torch.allclose(made[0][:, 0, 0], torch.tensor([1.0, 0, 0]))
+        first, again, other = (
+            make_background(kind, np.random.default_rng(seed), 24, 16, str(tmp_path)) for seed in (1, 1, 2)
+        )
+        assert first.shape == (3, 24, 16) and first.min() >= 0 and first.max() <= 1
+        assert torch.equal(first, again)
+        assert torch.equal(first, other) == (kind in ("white", "pictures"))
+        is_flat = (first == first[:, :1, :1]).all()
+        assert is_flat == (kind in ("plain", "white", "pictures"))
+    assert torch.allclose(first[:, 0, 0], torch.tensor([1.0, 0, 0]))
     with pytest.raises(UserError, match="no pictures in"):
         make_background("pictures", np.random.default_rng(0), 8, 8, str(tmp_path / "nowhere"))
 
@@ -191,13 +196,10 @@ def test_the_same_rows_for_any_number_of_workers_and_processes(tmp_path, mesh, t
 
 
 def test_a_bad_texture_is_skipped_and_reported(tmp_path, mesh, textures, run_script):
-    import shutil
-
     copy, out = tmp_path / "copy", tmp_path / "out"
     shutil.copytree(textures, copy)
     (copy / "1.png").write_bytes((copy / "1.png").read_bytes()[:60])
-    arguments = ["--textures", copy, "--prompts", copy / "prompts.txt", "--body", f"obj:{mesh}", "--views", 1,
-                 "--height", 32, "--width", 24, "--out", out]  # fmt: skip
+    arguments = [*build_arguments(copy, mesh), "--out", out]
     status, printed, _ = run_script(build_main, *arguments)
     assert status == 0 and "1 skipped" in printed
     skipped = json.loads((out / "skipped.json").read_text())
@@ -224,8 +226,7 @@ def test_a_full_disk_is_refused_beforehand(tmp_path, mesh, textures, run_script,
     from atlas_dataset import building
 
     monkeypatch.setattr(building.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
-    arguments = ["--textures", textures, "--prompts", textures / "prompts.txt", "--body", f"obj:{mesh}"]
-    status, _, error = run_script(build_main, *arguments, "--out", tmp_path / "out")
+    status, _, error = run_script(build_main, *build_arguments(textures, mesh), "--out", tmp_path / "out")
     assert status == 2 and "needs about" in error and not list((tmp_path / "out").rglob("*.parquet"))
 
 
@@ -233,13 +234,13 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, mesh, textures, m
     from atlas_dataset import building
 
     monkeypatch.setattr(building, "TEXTURES_PER_SHARD", 2)
-    original, written = building.pyarrow.parquet.ParquetWriter.write_table, []
+    real_write, written = building.pyarrow.parquet.ParquetWriter.write_table, []
 
     def fills_up(*args):
         written.append(1)
         if len(written) == 4:
             raise OSError(28, "No space left on device")
-        return original(*args)
+        return real_write(*args)
 
     source = HuggingFaceATLAS(str(textures), textures / "prompts.txt")
     with monkeypatch.context() as patch:
@@ -260,8 +261,7 @@ def test_limit_licence_and_push(tmp_path, mesh, textures, run_script, monkeypatc
         huggingface_hub.HfApi, "upload_folder", lambda self, **options: calls.append(options["folder_path"])
     )
     out = tmp_path / "out"
-    arguments = ["--textures", textures, "--prompts", textures / "prompts.txt", "--body", f"obj:{mesh}", "--views", 2,
-                 "--height", 32, "--width", 24, "--out", out, "--limit", 3, "--licence", "CC-BY-4.0"]  # fmt: skip
+    arguments = [*build_arguments(textures, mesh, views=2), "--out", out, "--limit", 3, "--licence", "CC-BY-4.0"]
     status, _, _ = run_script(build_main, *arguments, "--push-to-hub", "someone/atlas")
     assert status == 0 and calls == ["someone/atlas", out]
     rows = datasets.load_dataset(str(out), "renders", split="train", cache_dir=str(tmp_path / "cache"))
@@ -303,9 +303,7 @@ def test_renders_made_online_are_fresh_each_epoch(tmp_path, mesh, textures):
 
 
 def test_build_command(tmp_path, mesh, textures, run_script):
-    arguments = ["--textures", textures, "--prompts", textures / "prompts.txt", "--body", f"obj:{mesh}", "--views", 1,
-                 "--height", 32, "--width", 24]  # fmt: skip
-    status, out, _ = run_script(build_main, *arguments, "--out", tmp_path / "out")
+    status, out, _ = run_script(build_main, *build_arguments(textures, mesh), "--out", tmp_path / "out")
     assert status == 0 and "4 textures and 4 renders" in out
     assert json.loads((tmp_path / "out" / INFO_FILE).read_text())["complete"]
     status, out, _ = run_script(
@@ -317,19 +315,21 @@ def test_build_command(tmp_path, mesh, textures, run_script):
 @pytest.mark.parametrize(
     "case,message",
     [
-        ("no textures", "no textures in"), ("no prompts", "--prompts"), ("missing prompts", "cannot read prompts"),
-        ("too few prompts", "4 textures"), ("empty prompt", "line 2 is empty"), ("bad mesh", "cannot read mesh"),
+        ("no textures", "no textures in"),
+        ("no prompts", "--prompts"),
+        ("missing prompts", "nowhere.txt: No such file"),
+        ("too few prompts", "4 textures"),
+        ("empty prompt", "line 2 is empty"),
+        ("bad mesh", "cannot read mesh"),
         ("views", "must be 1 or more"),
         ("procedural", "procedural:COUNT"),
     ],
-)  # fmt: skip
+)
 def test_build_command_refuses(case, message, tmp_path, mesh, textures, run_script):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(textures, copy)
-    values = {"--textures": copy, "--prompts": copy / "prompts.txt", "--body": f"obj:{mesh}", "--views": 1,
-              "--height": 32, "--width": 24, "--out": tmp_path / "out"}  # fmt: skip
+    arguments = iter([*build_arguments(copy, mesh), "--out", tmp_path / "out"])
+    values = dict(zip(arguments, arguments))
     if case == "no textures":
         values["--textures"] = tmp_path / "nowhere"
     elif case == "no prompts":
@@ -381,10 +381,13 @@ def test_procedural_textures_wear_what_the_prompt_says():
 
     regions = painting.regions.numpy()
     assert ((regions > procedural.OUTSIDE) == maps.mask).all()
-    for region, colour in (
-        (procedural.TOP, grammar.COLOURS["green"]), (procedural.BOTTOM, grammar.COLOURS["orange"]),
-        (procedural.HAIR_REGION, grammar.HAIR["blonde"]), (procedural.SKIN, grammar.ETHNICITIES["Asian"]),
-    ):  # fmt: skip
+    colours_of_regions = {
+        procedural.TOP: grammar.COLOURS["green"],
+        procedural.BOTTOM: grammar.COLOURS["orange"],
+        procedural.HAIR_REGION: grammar.HAIR["blonde"],
+        procedural.SKIN: grammar.ETHNICITIES["Asian"],
+    }
+    for region, colour in colours_of_regions.items():
         assert (regions == region).sum() > 300
         assert distance(regions[maps.mask] == region, colour) < 0.12
 
@@ -422,13 +425,12 @@ def test_one_pieces_cover_the_legs(top, person):
 
 
 def test_other_layouts_hold_the_whole_body_in_other_places():
-    """What the base is pretrained on: every part is there, none where Anny's own layout has it."""
+    """What the base is pretrained on: every region is there, none where Anny's own layout has it."""
     outfit = grammar.Outfit("white", "man", "red", "sweater", "blue", "pants", "black")
     own, others = procedural.paint(outfit, 0, 64), [procedural.paint(outfit, 0, 64, layout=n) for n in range(3)]
+    clothes = {procedural.TOP, procedural.BOTTOM, procedural.SHOES}
     for other in others:
-        assert set(other.regions.unique().tolist()) >= {
-            procedural.SKIN, procedural.TOP, procedural.BOTTOM, procedural.HAIR_REGION, procedural.SHOES
-        }  # fmt: skip
+        assert set(other.regions.unique().tolist()) >= {procedural.SKIN, procedural.HAIR_REGION, *clothes}
         both = (own.regions > 0) & (other.regions > 0)
         assert (own.regions[both] == other.regions[both]).float().mean() < 0.6
     assert not torch.equal(others[0].regions, others[1].regions)

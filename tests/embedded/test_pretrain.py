@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,37 +8,62 @@ from diffusers import AutoencoderKL
 
 from common.files import PROJECT_ROOT
 from embedded.grammar import Outfit
-from embedded.pretrain import stages as pretrain_base
+from embedded.pretrain import scenes
+from embedded.pretrain.__main__ import STAGES, main
+from embedded.pretrain.autoencoder import equalise
+from embedded.pretrain.stage import train_stage
+from embedded.pretrain.tokenizer import train_tokenizer
+from embedded.pretrain.unet import encode_captions, encode_pictures
 from models.base import load_base
 from models.conditioning import encode_prompts
 
 
 @pytest.fixture()
-def small_run(tmp_path, monkeypatch):
-    arguments = "--out base --work work --renders 40 --outfits 80 --clip-steps 2 --image-steps 2 --vae-steps 2"
-    arguments = f"{arguments} --text-steps 2 --unet-steps 2 --mixed-precision no --device cpu".split()
+def small_run(tmp_path, monkeypatch, run_script):
+    """Runs the stages in little, in a folder of their own → what `run_script` returns."""
+    steps = [f"--{name.replace('_', '-')}-steps=2" for name, stage in STAGES.items() if stage.steps]
+    size = ["--renders=40", "--outfits=80", "--mixed-precision=no", "--device=cpu"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["pretrain_base.py", *arguments])
-    return tmp_path
+    return lambda *arguments: run_script(main, "--out=base", "--work=work", *size, *steps, *arguments)
 
 
-def test_pretraining_writes_a_base_and_resumes(small_run, monkeypatch, capsys):
-    pretrain_base.main()
-    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert summary["unet"]["steps"] == 2 and summary["unet"]["last_loss"] > 0
-    base = load_base(str(small_run / "base"))
+def weights() -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in Path("base").rglob("*.safetensors")}
+
+
+def test_pretraining_writes_a_base_and_resumes(small_run, monkeypatch):
+    status, printed, _ = small_run()
+    summary = json.loads(printed.splitlines()[-1])
+    assert status == 0 and summary["unet"]["steps"] == 2 and summary["unet"]["last_loss"] > 0
+    base = load_base("base")
     assert encode_prompts(base, ["white, woman, black shirt, striped jeans, black hair"]).shape == (1, 77, 128)
     assert base.native_resolution == 256 and base.noise_scheduler.config.prediction_type == "v_prediction"
+    assert "| text_encoder | 2 |" in Path("base/README.md").read_text()
 
     def never(*args):
         raise AssertionError("a finished stage or render was made again")
 
-    monkeypatch.setattr(pretrain_base, "render_scene", never)
-    monkeypatch.setattr(pretrain_base, "render_outfit", never)
+    monkeypatch.setattr(scenes, "render_scene", never)
+    monkeypatch.setattr(scenes, "render_outfit", never)
     monkeypatch.setattr(torch.Tensor, "backward", never)
-    before = {path: path.read_bytes() for path in (small_run / "base").rglob("*.safetensors")}
-    pretrain_base.main()
-    assert before == {path: path.read_bytes() for path in (small_run / "base").rglob("*.safetensors")}
+    before = weights()
+    assert small_run()[0] == 0 and weights() == before
+
+    # The contrastive stage's text encoder is not what the image encoder is to be trained against.
+    assert small_run("--stage=contrastive")[0] == 0
+    status, _, message = small_run("--stage=image_encoder")
+    assert status == 2 and "--stage text_encoder` first" in message
+    assert small_run("--stage=text_encoder")[0] == small_run("--stage=image_encoder")[0] == 0
+    assert weights() == before
+
+
+@pytest.mark.parametrize(("stage", "first"), [("contrastive", "tokenizer"), ("unet", "contrastive")])
+def test_a_stage_alone_names_the_stage_to_run_first(small_run, stage, first):
+    if stage == "unet":
+        train_tokenizer(Path("base"))
+    status, _, message = small_run(f"--stage={stage}")
+    assert status == 2 and f"--stage {first}` first" in message and message.count("\n") == 1
+    assert not list(Path("work").iterdir()), "nothing was rendered"
 
 
 def test_a_stage_resumed_halfway_ends_the_same(tmp_path):
@@ -53,7 +79,7 @@ def test_a_stage_resumed_halfway_ends_the_same(tmp_path):
                 return module(torch.randn(8, 4)).square().mean()
 
             try:
-                pretrain_base.train_stage("stage", work, {"module": module}, loss_fn, 6, lr=0.1, save_seconds=0)
+                train_stage("stage", work, {"module": module}, loss_fn, 6, lr=0.1, save_seconds=0)
             except KeyboardInterrupt:
                 continue
         return module.weight
@@ -77,7 +103,7 @@ def test_captions_that_are_nearly_right_differ_from_the_right_ones():
     rng = np.random.default_rng(0)
     outfit = Outfit("white", "woman", "red", "blouse", "navy", "skirt", "black")
     for _ in range(40):
-        words = pretrain_base.confused(outfit, rng)
+        words = scenes.confused(outfit, rng)
         assert words != outfit.prompt
         right = [
             outfit.ethnicity in words,
@@ -97,10 +123,18 @@ def test_equalised_latents_have_unit_colour_and_the_same_pictures():
     pictures = torch.rand(6, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         before, deviation = vae(pictures).sample, vae.encode(pictures).latent_dist.std
-        pretrain_base.equalise(vae, pictures)
+        equalise(vae, pictures)
         after, posterior = vae(pictures).sample, vae.encode(pictures).latent_dist
     assert torch.allclose(before, after, atol=1e-4)
     assert torch.allclose(posterior.mean.mean((0, 2, 3)), torch.zeros(5), atol=1e-4)
     assert torch.allclose(posterior.mean.std((0, 2, 3)), torch.tensor([1, 1, 1, 0.5, 0.5]), atol=1e-3)
     factor = (posterior.std / deviation).mean((0, 2, 3))
     assert torch.allclose(posterior.std, deviation * factor[:, None, None], rtol=1e-3)
+
+
+def test_latents_and_states_are_joined_under_bfloat16(base):
+    pictures = np.zeros((60, 3, 16, 16), np.uint8)
+    latents = encode_pictures(base.vae, pictures, 16, torch.bfloat16)
+    assert latents.shape == (60, 4, 8, 8) and latents.dtype == torch.float16
+    states = encode_captions(base.text_encoder, base.tokenizer, ["a man"] * 101, torch.bfloat16)
+    assert states.shape == (101, 77, 16) and states.dtype == torch.float16

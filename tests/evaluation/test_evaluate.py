@@ -23,7 +23,7 @@ from evaluation.procedural import (
 def test_lab_is_cielab():
     colours = torch.tensor([[1.0, 1, 1], [0, 0, 0], [1, 0, 0]])
     expected = torch.tensor([[100.0, 0, 0], [0, 0, 0], [53.24, 80.09, 67.20]])
-    assert torch.allclose(lab(colours), expected, atol=0.1)
+    assert torch.allclose(lab(colours), expected, atol=0.1) and torch.equal(lab(colours[2]), lab(colours)[2])
 
 
 @pytest.fixture(scope="module")
@@ -67,17 +67,15 @@ def test_pixels_that_the_picture_shows_are_told_from_those_it_hides(truths):
     texture[:, ~seen] += 0.1
     tally = Tally()
     score_pixels(tally, painting, seen, texture)
-    found = tally.nested()["i2uv"]
-    assert found["psnr_visible"] == 80 and found["psnr_hidden"] == pytest.approx(20, abs=0.01)
-    assert 20 < found["psnr"] < 30 and 0.8 < found["ssim"] < 1
+    measures = tally.nested()["i2uv"]
+    assert measures["psnr_visible"] == 80 and measures["psnr_hidden"] == pytest.approx(20, abs=0.01)
+    assert 20 < measures["psnr"] < 30 and 0.8 < measures["ssim"] < 1
 
 
 def test_of_both_inputs_the_one_whose_colours_are_there_wins(truths):
-    told = truths[0]
-    shown = next(
-        other for other in truths
-        if (named := colours_named(other[0])).keys() & colours_named(told[0]).keys() and named != colours_named(told[0])
-    )  # fmt: skip
+    told, words = truths[0], colours_named(truths[0][0])
+    all_words = [colours_named(outfit) for outfit, _ in truths]
+    shown = next(truths[row] for row, others in enumerate(all_words) if others.keys() & words and others != words)
     tally = Tally()
     score_both(tally, 0.5, told, shown, told[1].texture[:3])
     assert tally.nested()["both"]["img_weight_0_5"]["text_wins"] == 1

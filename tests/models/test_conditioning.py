@@ -38,7 +38,8 @@ def test_images_reach_clip_as_its_own_processor_makes_them(base, tiny_base):
 
 def test_query_aligner_keeps_positions_and_pooled_does_not():
     tokens = torch.randn(1, 10, 24)
-    query, pooled = QueryAligner(24, 16, 7, layers=2, heads=2)(tokens), PooledAligner(24, 16, 7, heads=2)(tokens)
+    query = QueryAligner(24, 16, 7, layers=2, heads=2)(tokens)
+    pooled = PooledAligner(24, 16, 7, heads=2)(tokens)
     assert (query[:, 1:] - query[:, :1]).abs().amax(-1).min() > 1e-3
     assert (pooled - pooled[:, :1]).abs().max() == 0
 
@@ -98,8 +99,8 @@ def test_larger_pictures_keep_their_shape_and_take_interpolated_positions(base):
     grid = positions[1:].view(1, 4, 4, -1).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(grid, size=(8, 6), mode="bicubic", align_corners=False)
     expected = torch.cat([positions[:1], grid.flatten(2)[0].T])
-    found = embeddings.interpolate_pos_encoding(torch.zeros(1, 49, 24), 64, 48)[0]
-    assert torch.allclose(found, expected, atol=1e-5)
+    interpolated = embeddings.interpolate_pos_encoding(torch.zeros(1, 49, 24), 64, 48)[0]
+    assert torch.allclose(interpolated, expected, atol=1e-5)
 
 
 def test_pixels_round_trip():

@@ -39,9 +39,13 @@ class PerfectUNet:
 def test_sampling_undoes_what_training_does(prediction_type, zero_snr):
     scheduler_class = DDIMScheduler if zero_snr else DDPMScheduler
     noise_scheduler = scheduler_class(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction_type,
-        rescale_betas_zero_snr=zero_snr, clip_sample=False,
-    )  # fmt: skip
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=zero_snr,
+        clip_sample=False,
+    )
     clean, context = torch.randn(2, 4, 8, 8), torch.zeros(2, 3, 5)
     unet = PerfectUNet(noise_scheduler, clean)
     latents = sample_latents(unet, noise_scheduler, [(context, 1.0)], context, torch.randn(2, 4, 8, 8), 10)

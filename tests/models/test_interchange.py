@@ -48,10 +48,10 @@ def cfg(make_config):
 @pytest.mark.parametrize("folder", ["i2uv", "i2t"])
 def test_texdreamers_release(tiny_base, base, cfg, tmp_path, folder):
     torch.manual_seed(0)
-    unet = get_peft_model(UNet2DConditionModel.from_pretrained(tiny_base / "unet"),
-                          LoraConfig(r=4, lora_alpha=7, target_modules=["to_q", "to_k", "to_v"]))  # fmt: skip
-    text = get_peft_model(CLIPTextModel.from_pretrained(tiny_base / "text_encoder"),
-                          LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj"]))  # fmt: skip
+    unet_lora = LoraConfig(r=4, lora_alpha=7, target_modules=["to_q", "to_k", "to_v"])
+    unet = get_peft_model(UNet2DConditionModel.from_pretrained(tiny_base / "unet"), unet_lora)
+    text_lora = LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj"])
+    text = get_peft_model(CLIPTextModel.from_pretrained(tiny_base / "text_encoder"), text_lora)
     randomised(unet).save_pretrained(tmp_path / "unet")
     randomised(text).save_pretrained(tmp_path / "text_encoder")
     vision = CLIPVisionModel.from_pretrained(tiny_base / "image_encoder")
@@ -83,8 +83,8 @@ def test_texdreamers_release(tiny_base, base, cfg, tmp_path, folder):
 
 @pytest.mark.parametrize("safe", [True, False])
 def test_the_seeds_checkpoint(tiny_base, base, cfg, tmp_path, safe):
-    unet = get_peft_model(UNet2DConditionModel.from_pretrained(tiny_base / "unet"),
-                          LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_v"]))  # fmt: skip
+    unet_lora = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_v"])
+    unet = get_peft_model(UNet2DConditionModel.from_pretrained(tiny_base / "unet"), unet_lora)
     randomised(unet).save_pretrained(tmp_path, safe_serialization=safe)
     aligner = PooledAligner(base.image_encoder.config.hidden_size, 16, 77, 8)
     torch.save(aligner.state_dict(), tmp_path / "aligner.pth")
@@ -122,13 +122,13 @@ def test_a_whole_pipeline(tiny_base, cfg, tmp_path):
     assert torch.allclose(output(loaded.base.unet, context), output(unet, context), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["kohya", "peft"])
-def test_exported_loras_come_back_the_same(ours, tiny_base, tmp_path, kind):
+@pytest.mark.parametrize("layout", ["kohya", "peft"])
+def test_exported_loras_come_back_the_same(ours, tiny_base, tmp_path, layout):
     save_lora(ours, tmp_path)
     context = torch.randn(1, 77, 16)
     expected = output(ours.unet, context)
-    path = export_lora(tmp_path / LORA_FILE, kind, tmp_path / "exported")
-    if kind == "kohya":
+    path = export_lora(tmp_path / LORA_FILE, layout, tmp_path / "exported")
+    if layout == "kohya":
         pipeline = StableDiffusionPipeline.from_pretrained(tiny_base)
         pipeline.load_lora_weights(path)
         assert torch.allclose(output(pipeline.unet, context), expected, atol=1e-5)

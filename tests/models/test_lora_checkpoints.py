@@ -30,18 +30,17 @@ def output(unet):
         return unet.eval()(noisy_latents, 7, context).sample
 
 
-ALL_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1", "conv2", "ff.net.2", "time_emb_proj"]
-
-
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+ALL_LAYERS = [*ATTENTION, "proj_in", "conv1", "conv2", "ff.net.2", "time_emb_proj"]
 
 
-@pytest.mark.parametrize("targets,kind", [
-    (ATTENTION, {}), (ALL_LAYERS, {}), (ALL_LAYERS, {"use_rslora": True}), (ATTENTION, {"use_dora": True}),
-])  # fmt: skip
-def test_lora_loads_here_and_in_plain_diffusers_at_the_right_scale(base, tiny_base, tmp_path, targets, kind):
+@pytest.mark.parametrize(
+    "targets,variant",
+    [(ATTENTION, {}), (ALL_LAYERS, {}), (ALL_LAYERS, {"use_rslora": True}), (ATTENTION, {"use_dora": True})],
+)
+def test_lora_loads_here_and_in_plain_diffusers_at_the_right_scale(base, tiny_base, tmp_path, targets, variant):
     before = output(base.unet)
-    parameters = add_lora(base.unet, LoRA(r=4, alpha=6, target_modules=targets, **kind))
+    parameters = add_lora(base.unet, LoRA(r=4, alpha=6, target_modules=targets, **variant))
     assert torch.equal(output(base.unet), before), "a new LoRA changes nothing"
     randomise(parameters)
     expected = output(base.unet)

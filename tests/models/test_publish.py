@@ -36,10 +36,10 @@ def test_the_card_tells_what_was_measured_and_shows_it(published, tmp_path):
     status, error, out, uploads = published("--metrics", tmp_path / "figures.txt", "--push-to-hub", "someone/textures")
     assert status == 0, error
     _, front, body = (out / "README.md").read_text().split("---\n", 2)
-    data = yaml.safe_load(front)
-    assert data["license"] == "mit" and data["library_name"] == "diffusers"
-    assert [row["text"] for row in data["widget"]] == ["a man in red"]
-    with Image.open(out / data["widget"][0]["output"]["url"]) as picture:
+    front_matter = yaml.safe_load(front)
+    assert front_matter["license"] == "mit" and front_matter["library_name"] == "diffusers"
+    assert [row["text"] for row in front_matter["widget"]] == ["a man in red"]
+    with Image.open(out / front_matter["widget"][0]["output"]["url"]) as picture:
         assert picture.mode == "RGBA" and np.asarray(picture).std() > 0
     assert "| t2uv.color.top | 0.750 |" in body and "| i2uv.psnr | 11.250 |" in body and "Licence: mit" in body
     assert str(tmp_path) not in (out / "README.md").read_text(), "no path of this machine"

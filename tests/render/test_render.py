@@ -83,8 +83,9 @@ def test_nearest_triangle_wins_and_views_do_not_mix():
     fragments = rasterize(vertices, faces, cameras, 65, 65)
     assert fragments.face_index[:, 32, 32].tolist() == [1, 0]
     assert fragments.dense(fragments.depth)[:, 32, 32].tolist() == pytest.approx([4.0, 5.0], rel=1e-5)
-    one = rasterize(vertices, faces, look_at(eyes[1:], torch.zeros(1, 3), torch.full((1,), 60.0)), 65, 65)
-    assert torch.equal(one.face_index[0], fragments.face_index[1])
+    second_camera = look_at(eyes[1:], torch.zeros(1, 3), torch.full((1,), 60.0))
+    second = rasterize(vertices, faces, second_camera, 65, 65)
+    assert torch.equal(second.face_index[0], fragments.face_index[1])
 
 
 def test_large_batches_are_split_without_a_trace(monkeypatch, mesh):
@@ -158,7 +159,7 @@ def test_anny_is_upright_in_metres():
         ("v 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nf 1/1 2/1 3/7\n", "UV index is outside"),
         ("v 0 nan 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nf 1/1 2/1 3/1\n", "not a finite number"),
         ("v 0 zero 0\n", "line 1"),
-        ("v 0 0\nvt 0 0\nf 1/1 1/1 1/1\n", "without 3"),
+        ("v 0 0\nvt 0 0\nf 1/1 1/1 1/1\n", "line 1: 2 numbers, not 3"),
     ],
 )
 def test_bad_meshes_are_refused(tmp_path, content, message):
@@ -197,12 +198,12 @@ def test_turntable_turns(tmp_path, mesh, textures, run_script):
     assert min(red) > 0.03, "the body is in each frame, in its texture's colour"
     assert max(red) > 1.3 * min(red), "its outline changes as it turns"
     assert math.isclose(red[0], red[4], rel_tol=0.2)
-    for bad in (
+    for wrong_arguments in (
         ("--out", tmp_path / "a.bmp"), ("--out", out, "--frames", 0), ("--out", out, "--size", "64"),
         ("--out", out, "--background", "no colour"), ("--out", out, "--format", "mp4"),
         ("--out", out, "--pose", "walking"),
     ):  # fmt: skip
-        status, _, error = run_script(turntable_main, *arguments[:4], *bad)
+        status, _, error = run_script(turntable_main, *arguments[:4], *wrong_arguments)
         assert status == 2 and error.count("\n") == 1
     missing = run_script(turntable_main, "--texture", tmp_path / "no.png", "--out", tmp_path / "b.gif")
     assert missing[0] == 2 and "no.png" in missing[2] and not (tmp_path / "b.gif").exists()
@@ -263,8 +264,8 @@ def test_light_is_the_half_lambert_polynomial(light):
     if light == "one":
         lights, view = Lights(lights.coefficients[:1]), torch.zeros(100, dtype=torch.int64)
         normals, expected = normals[:100], expected[:100]
-    found = lights.at(normals)[view, torch.arange(len(view))]
-    assert torch.allclose(found, expected, atol=1e-5)
+    light_there = lights.at(normals)[view, torch.arange(len(view))]
+    assert torch.allclose(light_there, expected, atol=1e-5)
 
 
 def test_a_fine_pattern_seen_from_afar_is_gray_not_noise():
@@ -342,17 +343,18 @@ def test_open_image_turns_converts_and_refuses(tmp_path, monkeypatch):
 @pytest.mark.parametrize("texels", [3.0, 5.5, 7.9, 15.0])
 def test_a_wide_pixel_is_the_mean_of_all_its_texels(texels):
     size, generator = 256, torch.Generator().manual_seed(0)
-    row = (torch.rand(size // 4, generator=generator) > 0.5).float().repeat_interleave(4)  # bars of 4 texels and more
+    bars = (torch.rand(size // 4, generator=generator) > 0.5).float()
+    row = bars.repeat_interleave(4)  # so that each is 4 texels wide or more
     textures, centre = row.expand(1, 3, size, size), torch.rand(400, generator=generator) * 200 + 28
     uv = torch.stack([centre / size, torch.full_like(centre, 0.5)], dim=-1)
-    found = sample_textures(textures, uv, torch.full_like(centre, texels))[0, 0]
+    sampled = sample_textures(textures, uv, torch.full_like(centre, texels))[0, 0]
     area = torch.cat([torch.zeros(1), row.cumsum(0)])  # what lies left of each texel's edge
 
     def up_to(x):
         return torch.lerp(area[x.long()], area[x.long() + 1], x % 1)
 
     mean = (up_to(centre + texels / 2) - up_to(centre - texels / 2)) / texels
-    assert (found - mean).abs().max() < 0.25 and (found - mean).abs().mean() < 0.08
+    assert (sampled - mean).abs().max() < 0.25 and (sampled - mean).abs().mean() < 0.08
 
 
 def test_one_texture_is_sampled_alike_by_any_number_of_threads_and_parts(monkeypatch):

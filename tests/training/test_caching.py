@@ -17,17 +17,17 @@ from training import caching
 from training.loop import train
 from training.run import set_up
 
-PARTS = {"none": set(), "latents": {"posterior"}, "all": {"posterior", "text_states", "image_tokens"}}
+CACHED = {"none": set(), "latents": {"posterior"}, "all": {"posterior", "text_states", "image_tokens"}}
 
 
 @pytest.fixture()
-def made(monkeypatch):
-    """Rows that were encoded for a cache, by the name of the part."""
+def encoded_rows(monkeypatch):
+    """How many rows were encoded for a cache, by its name."""
     counts, original = {}, caching._build
 
-    def count(folder, part, missing, workers):
-        counts[part.name] = counts.get(part.name, 0) + len(missing)
-        return original(folder, part, missing, workers)
+    def count(folder, encoding, missing, workers):
+        counts[encoding.name] = counts.get(encoding.name, 0) + len(missing)
+        return original(folder, encoding, missing, workers)
 
     monkeypatch.setattr(caching, "_build", count)
     return counts
@@ -39,13 +39,11 @@ def entries(root: Path) -> list[Path]:
 
 def test_the_losses_are_the_same_with_and_without(make_config, tmp_path):
     curves = {}
-    for cache in PARTS:
-        cfg = make_config(
-            f"data.cache={cache}", f"output.log_dir={tmp_path / cache}", "training.joint.max_steps=8",
-            "output.log_every=1", "training.joint.learning_rate=0.01",
-        )  # fmt: skip
+    for cache in CACHED:
+        steps = ("training.joint.max_steps=8", "training.joint.learning_rate=0.01", "output.log_every=1")
+        cfg = make_config(f"data.cache={cache}", f"output.log_dir={tmp_path / cache}", *steps)
         run = set_up(cfg, "joint")
-        assert set(run.dataset.cached) == PARTS[cache]
+        assert set(run.dataset.cached) == CACHED[cache]
         assert ("texture" in run.dataset[0]) == (cache == "none") and ("image" in run.dataset[0]) == (cache != "all")
         train(cfg, "joint")
         curves[cache] = scalars(tmp_path / cache)
@@ -55,7 +53,7 @@ def test_the_losses_are_the_same_with_and_without(make_config, tmp_path):
             assert curves[cache][name] == pytest.approx(curves["none"][name], rel=1e-4), (cache, name)
 
 
-def test_only_what_changed_is_made_again(make_config, mesh, textures, tmp_path, made):
+def test_only_what_changed_is_made_again(make_config, mesh, textures, tmp_path, encoded_rows):
     folder = Path(shutil.copytree(textures, tmp_path / "textures"))
 
     def build(name):
@@ -63,9 +61,9 @@ def test_only_what_changed_is_made_again(make_config, mesh, textures, tmp_path, 
         return build_dataset(source, f"obj:{mesh}", 2, tmp_path / name, 32, 24)
 
     def encoded(*overrides, data="first"):
-        made.clear()
+        encoded_rows.clear()
         set_up(make_config(f"data.dataset={tmp_path / data}", *overrides), "joint")
-        return made
+        return encoded_rows
 
     build("first")
     assert encoded() == {"posterior": 4, "text_states": 4, "image_tokens": 8}
@@ -80,35 +78,35 @@ def test_only_what_changed_is_made_again(make_config, mesh, textures, tmp_path, 
     assert encoded() == {}, "the first are still there"
 
 
-def test_another_base_is_noticed(make_config, tiny_base, tmp_path, made):
+def test_another_base_is_noticed(make_config, tiny_base, tmp_path, encoded_rows):
     from diffusers import AutoencoderKL
 
     set_up(make_config(), "joint")
-    made.clear()
+    encoded_rows.clear()
     other = Path(shutil.copytree(tiny_base, tmp_path / "other"))
     set_up(make_config(f"model.pretrained_model={other}"), "joint")
-    assert made == {}, "the same weights in another place"
+    assert encoded_rows == {}, "the same weights in another place"
     vae = AutoencoderKL.from_pretrained(other / "vae")
     with torch.no_grad():
         vae.encoder.conv_in.bias[0] += 1e-3
     vae.save_pretrained(other / "vae")
     set_up(make_config(f"model.pretrained_model={other}"), "joint")
-    assert made == {"posterior": 4}
+    assert encoded_rows == {"posterior": 4}
 
 
-def test_the_command_builds_rebuilds_and_refuses_a_damaged_cache(make_config, tmp_path, run_script, made):
+def test_the_command_builds_rebuilds_and_refuses_a_damaged_cache(make_config, tmp_path, run_script, encoded_rows):
     arguments = command_line(make_config())
     status, out, _ = run_script(joint_main, *arguments, "--cache-only")
     assert status == 0 and "posterior, text_states, image_tokens cached" in out
     assert not (tmp_path / "checkpoints").exists(), "nothing was trained"
-    assert "MB" in out or made
+    assert encoded_rows == {"posterior": 4, "text_states": 4, "image_tokens": 12}
     file = next(path for path in entries(tmp_path) if path.parent.name.startswith("posterior"))
     file.write_bytes(file.read_bytes()[:-5])
     status, _, error = run_script(joint_main, *arguments)
     assert status == 2 and str(file) in error and "--rebuild-cache" in error and len(error.strip().splitlines()) == 1
-    made.clear()
+    encoded_rows.clear()
     assert run_script(joint_main, *arguments, "--rebuild-cache", "--cache-only")[0] == 0
-    assert made == {"posterior": 4, "text_states": 4, "image_tokens": 12}
+    assert encoded_rows == {"posterior": 4, "text_states": 4, "image_tokens": 12}
 
 
 def test_a_full_disk_is_told_beforehand_and_keeps_what_is_whole(make_config, tmp_path, monkeypatch):

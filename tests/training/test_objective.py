@@ -22,31 +22,33 @@ def joint_run(make_config, *overrides: str, rows: int = 4):
 
 
 def losses_of(run, batch, places=range(4), seed=0, step=1) -> dict[str, float]:
-    found = {}
+    """Each loss of a batch; of "loss/combined" the sum over the UNet's forwards."""
+    values = {"loss/combined": 0.0}
     for losses in batch_losses(run, batch, RowDraws(seed, step, places)):
-        combined = found.get("loss/combined", 0) + losses["loss/combined"].item()
-        found |= {name: loss.item() for name, loss in losses.items()} | {"loss/combined": combined}
-    return found
+        combined = values["loss/combined"] + losses["loss/combined"].item()
+        values |= {name: loss.item() for name, loss in losses.items()}
+        values["loss/combined"] = combined
+    return values
 
 
-def gradients(run, parts) -> torch.Tensor:
-    """Of the mean over (batch, places) parts."""
+def gradients(run, micro_batches) -> torch.Tensor:
+    """Of the mean over micro-batches, (batch, places) each."""
     for parameter in run.parameters:
         parameter.grad = None
-    for batch, places in parts:
+    for batch, places in micro_batches:
         for losses in batch_losses(run, batch, RowDraws(0, 1, places)):
-            (losses["loss/combined"] / len(parts)).backward()
+            (losses["loss/combined"] / len(micro_batches)).backward()
     return torch.cat([parameter.grad.flatten() for parameter in run.parameters])
 
 
 def test_step_arithmetic_is_pinned(make_config):
     """Golden losses of one batch on the untrained stand-in: a change of ranges, noise or conditions shows here."""
     run = set_up(make_config("training.joint.alpha=0.5", "training.joint.beta=2", NO_CACHE), "joint")
-    found = losses_of(run, default_collate([run.dataset[row] for row in range(4)]))
-    schedule, combined = run.schedule, found.pop("loss/combined")
-    assert found == pytest.approx(GOLDEN, abs=2e-3)
-    expected = schedule.alpha * found["loss/t2uv"] + schedule.beta * found["loss/i2uv"]
-    assert combined == pytest.approx(expected + schedule.gamma * found["loss/align"], abs=1e-5)
+    losses = losses_of(run, default_collate([run.dataset[row] for row in range(4)]))
+    schedule, combined = run.schedule, losses.pop("loss/combined")
+    assert losses == pytest.approx(GOLDEN, abs=2e-3)
+    expected = schedule.alpha * losses["loss/t2uv"] + schedule.beta * losses["loss/i2uv"]
+    assert combined == pytest.approx(expected + schedule.gamma * losses["loss/align"], abs=1e-5)
 
 
 GOLDEN = {"loss/t2uv": 1.1112, "loss/i2uv": 1.1437, "loss/align": 2.0436}
@@ -54,23 +56,25 @@ GOLDEN = {"loss/t2uv": 1.1112, "loss/i2uv": 1.1437, "loss/align": 2.0436}
 
 def test_micro_batches_add_up_to_the_large_batch(make_config):
     run, batch = joint_run(make_config)
-    halves = [({key: value[part] for key, value in batch.items() if key != "prompt"}, range(4)[part])
-              for part in (slice(0, 2), slice(2, 4))]  # fmt: skip
-    whole, parts = gradients(run, [(batch, range(4))]), gradients(run, halves)
-    assert whole.abs().max() > 1e-3 and torch.allclose(whole, parts, rtol=1e-4, atol=1e-6)
+    micro_batches = []
+    for rows in (slice(0, 2), slice(2, 4)):
+        half = {key: value[rows] for key, value in batch.items() if key != "prompt"}
+        micro_batches.append((half, range(4)[rows]))
+    of_whole, of_halves = gradients(run, [(batch, range(4))]), gradients(run, micro_batches)
+    assert of_whole.abs().max() > 1e-3 and torch.allclose(of_whole, of_halves, rtol=1e-4, atol=1e-6)
 
 
 def test_paired_and_alternate_have_equal_gradients(make_config):
     options = ("training.joint.both_share=0.5", "training.joint.condition_dropout=0.3", "training.min_snr_gamma=5")
-    found = []
+    results = []
     for schedule in ("alternate", "paired"):
         run, batch = joint_run(make_config, f"training.joint.schedule={schedule}", *options)
         torch.manual_seed(2)
         with torch.no_grad():
             for parameter in run.parameters:
                 parameter.normal_(std=0.1)
-        found.append((losses_of(run, batch), gradients(run, [(batch, range(4))])))
-    (alternate, first), (paired, second) = found
+        results.append((losses_of(run, batch), gradients(run, [(batch, range(4))])))
+    (alternate, first), (paired, second) = results
     assert alternate == pytest.approx(paired, rel=1e-5)
     assert first.abs().max() > 1e-3 and torch.allclose(first, second, rtol=1e-4, atol=1e-6)
 
@@ -78,9 +82,9 @@ def test_paired_and_alternate_have_equal_gradients(make_config):
 def test_draws_depend_on_seed_step_and_place_alone():
     draws = {RowDraws(*numbers).uniform().item() for numbers in [(0, 1, [0]), (0, 2, [0]), (1, 1, [0]), (0, 1, [1])]}
     assert len(draws) == 4, "trailing zeros count"
-    whole, part = RowDraws(0, 1, range(4)), RowDraws(0, 1, [2])
+    all_rows, third_row = RowDraws(0, 1, range(4)), RowDraws(0, 1, [2])
     for _ in range(2):
-        assert torch.equal(whole.normal((3,))[2:3], part.normal((3,)))
+        assert torch.equal(all_rows.normal((3,))[2:3], third_row.normal((3,)))
     numbers = torch.cat([RowDraws(0, step, range(100)).integers(7) for step in range(10)])
     assert sorted(set(numbers.tolist())) == list(range(7)) and numbers.bincount().min() > 90
     noise = RowDraws(0, 1, range(64)).normal((4, 8, 8))
@@ -108,19 +112,17 @@ def test_a_share_of_rows_is_conditioned_on_both(make_config, monkeypatch):
     seen, original = [], objective.denoising_errors
     monkeypatch.setattr(objective, "denoising_errors", lambda *args: seen.append(args[-1].detach()) or original(*args))
     for share in (0, 0.5):
-        run, batch = joint_run(
-            make_config, f"training.joint.both_share={share}", "training.joint.condition_dropout=0",
-            "training.joint.schedule=alternate",
-        )  # fmt: skip
+        options = ("training.joint.condition_dropout=0", "training.joint.schedule=alternate")
+        run, batch = joint_run(make_config, f"training.joint.both_share={share}", *options)
         for step in range(10):
             losses_of(run, batch, step=step)
     text, picture, mixed = seen[0], seen[1], torch.cat(seen[21::2])
     assert torch.equal(seen[20], text), "the text's rows stay as they are"
-    along = picture - text
-    weights = ((mixed.view(10, 4, -1) - text.flatten(1)) * along.flatten(1)).sum(-1) / along.flatten(1).square().sum(-1)
-    assert torch.allclose(mixed.view(10, *text.shape), text + weights[..., None, None] * along, atol=1e-4), (
-        "a point between the two"
-    )
+    towards_picture = picture - text
+    direction = towards_picture.flatten(1)
+    weights = ((mixed.view(10, 4, -1) - text.flatten(1)) * direction).sum(-1) / direction.square().sum(-1)
+    points = text + weights[..., None, None] * towards_picture
+    assert torch.allclose(mixed.view(10, *text.shape), points, atol=1e-4), "a point between the two"
     blended = (weights < 0.999).float().mean()
     assert 0.3 < blended < 0.7 and weights.min() < 0.4
 
@@ -169,5 +171,5 @@ def test_validation_is_on_held_out_rows_with_fixed_noise(make_config):
     other = set_up(make_config("data.validation_textures=2", "training.seed=5"), "joint")  # batches of 4
     assert {other.validation[row]["texture_id"] for row in range(2)} == held, "whatever the seed"
     run = set_up(make_config("data.validation_textures=2", "training.joint.batch_size=1"), "joint")
-    found = [validation_losses(some)["val/t2uv"] for some in (run, other)]
-    assert found[0] == pytest.approx(found[1], rel=1e-5), "whatever the batch: a new LoRA changes nothing"
+    of_single_rows, of_larger_batches = (validation_losses(each)["val/t2uv"] for each in (run, other))
+    assert of_single_rows == pytest.approx(of_larger_batches, rel=1e-5), "a new LoRA changes nothing"

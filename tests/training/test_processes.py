@@ -20,17 +20,23 @@ from training.loop import train
 from training.run import set_up
 
 OPTIONS = (
-    "training.joint.effective_batch_size=8", "training.joint.max_steps=4", "training.joint.learning_rate=1e-4",
+    "training.joint.effective_batch_size=8",
+    "training.joint.max_steps=4",
+    "training.joint.learning_rate=1e-4",
     "training.joint.aligner_learning_rate=1e-4",
-    "output.log_every=1", "training.joint.condition_dropout=0.3", "data.validation_textures=1",
-    "output.validate_every=2", "training.ema_decay=0.9", "output.save_every=2",
-)  # fmt: skip
+    "training.joint.condition_dropout=0.3",
+    "training.ema_decay=0.9",
+    "data.validation_textures=1",
+    "output.log_every=1",
+    "output.save_every=2",
+    "output.validate_every=2",
+)
 
 
 def launch(*arguments: str | Path) -> subprocess.CompletedProcess:
     """accelerate launch, which starts two processes on the CPU too when it is told of many GPUs (--cpu starts one)."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *arguments]  # fmt: skip
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command = [*launcher, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -47,8 +53,8 @@ def one_thread():
 
 def test_two_processes_equal_one(make_config, tmp_path, one_thread):
     whole = train(make_config(*OPTIONS), "joint")
-    cfg = make_config(*OPTIONS, f"output.out_dir={tmp_path / 'two'}", f"output.log_dir={tmp_path / 'logs2'}",
-                      f"data.cache_dir={tmp_path / 'cache2'}")  # fmt: skip
+    folders = {"output.out_dir": "two", "output.log_dir": "logs2", "data.cache_dir": "cache2"}
+    cfg = make_config(*OPTIONS, *(f"{key}={tmp_path / name}" for key, name in folders.items()))
     result = launch("joint.py", *command_line(cfg))
     assert result.returncode == 0, result.stderr
     assert "2 processes" in result.stdout and result.stdout.count("checkpoint: ") == 1, "one of them prints"
@@ -70,10 +76,9 @@ def test_two_builders_write_the_rows_of_one(tmp_path, mesh, textures):
     (tmp_path / "prompts.txt").write_text("\n".join(f"a man {index}" for index in range(TEXTURES_PER_SHARD + 2)))
     source = HuggingFaceATLAS(str(tmp_path / "many"), tmp_path / "prompts.txt")
     build_dataset(source, f"obj:{mesh}", 1, tmp_path / "one", 32, 24)
-    result = launch(
-        "-m", "atlas_dataset.build_atlas_large", "--textures", tmp_path / "many", "--prompts", tmp_path / "prompts.txt",
-        "--body", f"obj:{mesh}", "--views", "1", "--height", "32", "--width", "24", "--out", tmp_path / "two",
-    )  # fmt: skip
+    sources = ("--textures", tmp_path / "many", "--prompts", tmp_path / "prompts.txt", "--body", f"obj:{mesh}")
+    size = ("--views", "1", "--height", "32", "--width", "24")
+    result = launch("-m", "atlas_dataset.build_atlas_large", *sources, *size, "--out", tmp_path / "two")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("34 textures and 34 renders") == 1 and "others are at work" in result.stdout
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())

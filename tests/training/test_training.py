@@ -3,6 +3,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from conftest import command_line
@@ -25,6 +26,13 @@ from training import run
 from training.loop import shuffled_batches, train
 
 MAINS = {"t2uv": t2uv_main, "i2uv": i2uv_main, "joint": joint_main}
+LOSSES = {
+    "t2uv": {"loss/t2uv"},
+    "i2uv": {"loss/i2uv", "loss/align"},
+    "joint": {"loss/t2uv", "loss/i2uv", "loss/align"},
+}
+SCALARS = {"loss/combined", "learning_rate", "gradient_norm", "skipped_steps"}
+SCALARS |= {"samples_per_second", "data_wait_share", "peak_memory_gb"}
 CONV_TARGETS = "model.lora.target_modules=[to_q, to_k, to_v, to_out.0, conv1, conv2, proj_in, proj_out]"
 
 
@@ -47,23 +55,16 @@ def test_scripts_train_save_and_infer(task, make_config, tmp_path, run_script, m
     folders = sorted(path.name for path in (tmp_path / "checkpoints" / task).iterdir())
     assert folders == ["step-000002", "step-000003"] and "step-000003" in out
     logged = scalars(tmp_path / "logs")
-    losses = {"t2uv": {"loss/t2uv"}, "i2uv": {"loss/i2uv", "loss/align"},
-              "joint": {"loss/t2uv", "loss/i2uv", "loss/align"}}  # fmt: skip
-    rest = {"loss/combined", "learning_rate", "samples_per_second", "gradient_norm", "skipped_steps",
-            "data_wait_share", "peak_memory_gb"}  # fmt: skip
-    assert losses[task] | rest <= set(logged)
-    others = {name.split("/")[0] for name in set(logged) - losses[task] - rest}
-    assert others == {"lora_norm", "final"}, others
-    assert all(len(values) == 3 for name, values in logged.items() if name in losses[task] | rest)
+    each_step = SCALARS | LOSSES[task]
+    assert each_step <= set(logged)
+    assert {name.split("/")[0] for name in set(logged) - each_step} == {"lora_norm", "final"}
+    assert all(len(logged[name]) == 3 for name in each_step)
 
-    source = (
-        ["--image", str(next(Path(cfg.data.dataset).parent.parent.rglob("0.png")))]
-        if task == "i2uv"
-        else ["--prompt", "a man in red"]
-    )
-    status, out, error = run_script(
-        infer_main, *source, f"--output.out_dir={cfg.output.out_dir}", "--out", tmp_path / "o.png"
-    )
+    condition = ["--prompt", "a man in red"]
+    if task == "i2uv":
+        condition = ["--image", str(next(Path(cfg.data.dataset).parent.parent.rglob("0.png")))]
+    out_dir = f"--output.out_dir={cfg.output.out_dir}"
+    status, out, error = run_script(infer_main, *condition, out_dir, "--out", tmp_path / "o.png")
     assert status == 0 and (tmp_path / "o.png").exists(), error
 
 
@@ -78,9 +79,12 @@ def test_only_lora_and_aligner_move_and_they_all_do(task, make_config, monkeypat
 
     monkeypatch.setattr(training, "save_checkpoint", spy)
     bases = []
-    monkeypatch.setattr(
-        run, "load_configured_base", lambda *args: bases.append(load_configured_base(*args)) or bases[0]
-    )
+
+    def load_and_keep(*args):
+        bases.append(load_configured_base(*args))
+        return bases[0]
+
+    monkeypatch.setattr(run, "load_configured_base", load_and_keep)
     cfg = make_config("training.seed=3")
     train(cfg, task)
 
@@ -102,10 +106,8 @@ def test_only_lora_and_aligner_move_and_they_all_do(task, make_config, monkeypat
 
 @pytest.mark.parametrize("task,names", [("t2uv", ["t2uv"]), ("i2uv", ["i2uv"]), ("joint", ["t2uv", "i2uv"])])
 def test_losses_fall(task, names, make_config, tmp_path):
-    cfg = make_config(
-        f"training.{task}.max_steps=60", f"training.{task}.learning_rate=0.01", "output.log_every=15", CONV_TARGETS,
-        f"training.{task}.lr_scheduler=constant",
-    )  # fmt: skip
+    schedule = ("max_steps=60", "learning_rate=0.01", "lr_scheduler=constant")
+    cfg = make_config(*(f"training.{task}.{setting}" for setting in schedule), "output.log_every=15", CONV_TARGETS)
     train(cfg, task)
     logged = scalars(tmp_path / "logs")
     for name in names:
@@ -119,11 +121,13 @@ def test_the_loop_averages_micro_batches_and_steps_once(make_config, monkeypatch
     clip, step = torch.nn.utils.clip_grad_norm_, torch.optim.AdamW.step
 
     def known_losses(run, batch, draws):
-        yield {"loss/t2uv": (total := sum(p.sum() for p in lora_parameters(run.base.unet))), "loss/combined": total}
+        total = sum(parameter.sum() for parameter in lora_parameters(run.base.unet))
+        yield {"loss/t2uv": total, "loss/combined": total}
 
     def spy_clip(parameters, max_norm):
         seen["norms"].append(float(clip(parameters, max_norm)))
-        seen["clipped"] = float(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm())
+        gradients = [parameter.grad.flatten() for parameter in parameters if parameter.grad is not None]
+        seen["clipped"] = float(torch.cat(gradients).norm())
         seen["count"] = sum(p.numel() for p in parameters)
         return torch.tensor(seen["norms"][-1])
 
@@ -142,8 +146,9 @@ def test_the_loop_averages_micro_batches_and_steps_once(make_config, monkeypatch
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
 def test_warm_up_and_decay(kind, make_config, tmp_path):
-    train(make_config(f"training.t2uv.lr_scheduler={kind}", "training.t2uv.lr_warmup_steps=2", "output.log_every=1",
-                      "training.t2uv.max_steps=6", "training.t2uv.learning_rate=0.01"), "t2uv")  # fmt: skip
+    schedule = (f"lr_scheduler={kind}", "lr_warmup_steps=2", "max_steps=6", "learning_rate=0.01")
+    cfg = make_config(*(f"training.t2uv.{setting}" for setting in schedule), "output.log_every=1")
+    train(cfg, "t2uv")
     rates = scalars(tmp_path / "logs")["learning_rate"]
     assert rates[:3] == pytest.approx([0, 0.005, 0.01])
     assert rates[-1] == pytest.approx(0.01) if kind == "constant" else rates[-1] < 0.005
@@ -153,9 +158,9 @@ def test_the_aligner_may_have_its_own_rate(make_config, monkeypatch):
     seen = []
     monkeypatch.setattr(run, "get_scheduler", lambda kind, optimizer, **steps: seen.append(optimizer) or 1 / 0)
     for override, rates in (("null", [0.01, 0.01]), ("0.002", [0.01, 0.002])):
+        aligner_rate = f"training.joint.aligner_learning_rate={override}"
         with pytest.raises(ZeroDivisionError):
-            train(make_config("training.joint.learning_rate=0.01",
-                              f"training.joint.aligner_learning_rate={override}"), "joint")  # fmt: skip
+            train(make_config("training.joint.learning_rate=0.01", aligner_rate), "joint")
         assert [group["lr"] for group in seen[-1].param_groups] == rates
 
 
@@ -165,11 +170,7 @@ def test_the_body_is_the_data_sets_own(make_config, mesh, monkeypatch):
         train(make_config("data.body=obj:nowhere.obj"), "t2uv", dry_run=True)
 
 
-def test_a_workers_error_is_one_line(make_config, dataset_dir, tmp_path):
-    import shutil
-
-    import datasets
-
+def test_a_workers_error_is_one_line(make_config, tmp_path):
     table = datasets.Dataset.from_dict(
         {"texture": [{"bytes": b"broken", "path": None}] * 4, "prompt": ["a"] * 4},
         features=datasets.Features(texture=datasets.Image(), prompt=datasets.Value("string")),
@@ -178,7 +179,6 @@ def test_a_workers_error_is_one_line(make_config, dataset_dir, tmp_path):
     with pytest.raises(UserError) as caught:
         train(make_config(f"data.dataset={tmp_path / 'broken'}", "data.num_workers=1"), "t2uv", dry_run=True)
     assert str(caught.value).startswith("cannot read picture texture") and "\n" not in str(caught.value)
-    shutil.rmtree(tmp_path / "broken")
 
 
 def test_two_runs_are_equal_to_the_bit(make_config, tmp_path):
@@ -204,7 +204,7 @@ def test_batches_visit_every_row_each_epoch():
     assert [row for _ in range(2) for row in next(later)] == rows[12:], "from any batch on"
 
 
-def test_training_on_renders_made_online(make_config, dataset_dir, tmp_path):
+def test_training_on_renders_made_online(make_config, tmp_path):
     checkpoint = train(make_config("data.views=online", "data.views_per_texture=2", "data.num_workers=1"), "joint")
     assert load_checkpoint(checkpoint).cfg.data.views == "online"
     procedural = make_config("data.views=online", "data.dataset=procedural:4", "data.body=null")
@@ -216,23 +216,13 @@ def test_training_on_renders_made_online(make_config, dataset_dir, tmp_path):
 
 
 def test_dry_run_reports_and_writes_nothing(make_config, tmp_path, run_script):
-    cfg = make_config(
-        "training.joint.effective_batch_size=8", "training.joint.max_steps=null", "training.joint.num_epochs=2"
-    )
-    arguments = [argument for argument in command_line(cfg)] + ["--training.joint.max_steps=null"]
-    status, out, error = run_script(joint_main, *arguments, "--dry-run")
+    schedule = ("effective_batch_size=8", "max_steps=null", "num_epochs=2")
+    cfg = make_config(*(f"training.joint.{setting}" for setting in schedule))
+    status, out, error = run_script(joint_main, *command_line(cfg), "--dry-run")
     assert status == 0, error
-    for word in (
-        "trained",
-        "LoRA",
-        "aligner",
-        "12 rows",
-        "steps     3 of 8 rows",
-        "memory",
-        "disk",
-        "nothing was trained",
-    ):
-        assert word in out, word
+    for words in ("trained", "LoRA", "aligner", "12 rows", "steps     3 of 8 rows", "memory", "disk"):
+        assert words in out, words
+    assert "nothing was trained" in out
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "logs").exists()
 
 
@@ -241,24 +231,22 @@ def test_a_diverging_run_stops_and_keeps_the_last_checkpoint(make_config, tmp_pa
 
     def diverges(*args):
         calls.append(1)
+        factor = float("nan") if len(calls) > 2 else 1
         for losses in original(*args):
-            yield {name: loss * float("nan") if len(calls) > 2 else loss for name, loss in losses.items()}
+            yield {name: loss * factor for name, loss in losses.items()}
 
     monkeypatch.setattr(training, "batch_losses", diverges)
     cfg = make_config("output.log_every=1", "output.save_every=1", "training.max_skipped_steps=0")
-    with pytest.raises(
-        UserError, match=r"not finite in 1 .*to step 3 on the rows 'a man in.*learning_rate.*step-000002"
-    ):
+    message = r"not finite in 1 .*to step 3 on the rows 'a man in.*learning_rate.*step-000002"
+    with pytest.raises(UserError, match=message):
         train(cfg, "joint")
     assert load_checkpoint(tmp_path / "checkpoints" / "joint" / "step-000002")
     assert not (tmp_path / "checkpoints" / "joint" / "step-000003").exists()
 
 
 def test_options_of_the_step(make_config):
-    cfg = make_config(
-        "model.gradient_checkpointing=true", "model.aligner.kind=pooled", "model.lora.dropout=0.1",
-        "training.mixed_precision=bf16", "training.joint.max_steps=1",
-    )  # fmt: skip
+    model = ("model.gradient_checkpointing=true", "model.aligner.kind=pooled", "model.lora.dropout=0.1")
+    cfg = make_config(*model, "training.mixed_precision=bf16", "training.joint.max_steps=1")
     checkpoint = train(cfg, "joint")
     assert "cls_token" in load_file(checkpoint / "aligner.safetensors")
 
@@ -267,8 +255,12 @@ def test_options_of_the_step(make_config):
 def test_what_makes_a_step_faster_or_smaller_changes_no_loss(option, make_config, tmp_path, monkeypatch):
     # Traced as for the compiler, and run as it is: compiling takes minutes and a compiler.
     curves, compiled, original = [], [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or original(
-        function, backend="aot_eager", **options))  # fmt: skip
+
+    def trace(function, **options):
+        compiled.append(function)
+        return original(function, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", trace)
     for value in ("false", "true"):
         train(make_config(f"{option}={value}", f"output.log_dir={tmp_path / value}", "output.log_every=1"), "joint")
         curves.append(scalars(tmp_path / value))
@@ -288,11 +280,9 @@ def test_a_compiler_that_is_missing_is_told(make_config, monkeypatch):
 
 @pytest.mark.parametrize("name,rate", [("adamw", 0.01), ("prodigy", 1.0), ("schedulefree", 0.01)])
 def test_optimizers_learn(name, rate, make_config, tmp_path):
-    cfg = make_config(
-        f"training.optimizer={name}", f"training.t2uv.learning_rate={rate}", "training.t2uv.max_steps=40",
-        "output.log_every=10", "training.t2uv.lr_scheduler=constant", CONV_TARGETS,
-    )  # fmt: skip
-    train(cfg, "t2uv")
+    schedule = ("training.t2uv.max_steps=40", "training.t2uv.lr_scheduler=constant", "output.log_every=10")
+    optimizer = (f"training.optimizer={name}", f"training.t2uv.learning_rate={rate}")
+    train(make_config(*optimizer, *schedule, CONV_TARGETS), "t2uv")
     losses = scalars(tmp_path / "logs")["loss/t2uv"]
     assert losses[-1] < losses[0], losses
 
@@ -307,8 +297,8 @@ def test_checkpoints_hold_the_moving_average(make_config):
     """Against one worked out here: decay min(0.5, n / (9 + n)) at the n-th step, after the first."""
     cfg = make_config("training.ema_decay=0.5", "training.t2uv.learning_rate=0.1", "output.save_every=1")
     checkpoint = train(cfg, "t2uv")
-    steps = [torch.load(checkpoint.parent / f"step-{step:06d}" / "training_state.pt", weights_only=True)["parameters"]
-             for step in (1, 2, 3)]  # fmt: skip
+    files = [checkpoint.parent / f"step-{step:06d}" / "training_state.pt" for step in (1, 2, 3)]
+    steps = [torch.load(file, weights_only=True)["parameters"] for file in files]
     average = steps[0]
     for number, parameters in enumerate(steps[1:], 2):
         decay = min(0.5, number / (9 + number))
@@ -322,10 +312,9 @@ def test_checkpoints_hold_the_moving_average(make_config):
 
 @pytest.mark.parametrize("schedule", ["alternate", "paired"])
 def test_the_text_encoder_may_have_a_lora_too(schedule, make_config, tiny_base, tmp_path):
-    schedule = f"training.joint.schedule={schedule}"
-    cfg = make_config(schedule, "model.lora.text_encoder_r=2", "data.cache=latents", "training.joint.learning_rate=0.1",
-                      "training.joint.lr_scheduler=constant")  # fmt: skip
-    checkpoint = train(cfg, "joint")
+    settings = [f"training.joint.schedule={schedule}", "model.lora.text_encoder_r=2", "data.cache=latents"]
+    settings += ["training.joint.learning_rate=0.1", "training.joint.lr_scheduler=constant"]
+    checkpoint = train(make_config(*settings), "joint")
     trained, plain = load_checkpoint(checkpoint), load_base(str(tiny_base))
     prompt = ["a man in red"]
     with torch.no_grad():
@@ -336,22 +325,21 @@ def test_the_text_encoder_may_have_a_lora_too(schedule, make_config, tiny_base, 
         plain.text_encoder = pipeline.text_encoder
         assert torch.allclose(encode_prompts(plain, prompt), ours, atol=1e-5), "and loads in plain diffusers"
     # To the bit after a resume, as everything else.
-    again = train(make_config(schedule, "model.lora.text_encoder_r=2",
-                              "data.cache=latents", "training.joint.learning_rate=0.1",
-                              "training.joint.lr_scheduler=constant", "output.save_every=1",
-                              f"output.out_dir={tmp_path / 'again'}"), "joint")  # fmt: skip
-    assert all(torch.equal(load_file(checkpoint / LORA_FILE)[key], value)
-               for key, value in load_file(again / LORA_FILE).items())  # fmt: skip
+    once_more = make_config(*settings, "output.save_every=1", f"output.out_dir={tmp_path / 'again'}")
+    train(once_more, "joint")
+    shutil.rmtree(tmp_path / "again" / "joint" / "step-000003")
+    again = train(once_more, "joint", resume="auto")
+    before, after = load_file(checkpoint / LORA_FILE), load_file(again / LORA_FILE)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_zero_terminal_snr(make_config, tiny_base, tmp_path):
     with pytest.raises(UserError, match=r"model\.zero_terminal_snr needs a base that predicts v"):
         run.set_up(make_config("model.zero_terminal_snr=true"), "t2uv")
     base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
-    settings = json.loads((base / "scheduler" / "scheduler_config.json").read_text())
-    (base / "scheduler" / "scheduler_config.json").write_text(
-        json.dumps({**settings, "prediction_type": "v_prediction"})
-    )
+    file = base / "scheduler" / "scheduler_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "prediction_type": "v_prediction"}))
     cfg = make_config("model.zero_terminal_snr=true", f"model.pretrained_model={base}", "training.min_snr_gamma=5")
     trained = load_checkpoint(train(cfg, "t2uv"))
     assert trained.base.noise_scheduler.alphas_cumprod[-1] < 1e-6, "in inference too"

@@ -1,0 +1,52 @@
+"""What makes the stages' folders one base: its index and its model card."""
+
+import json
+from pathlib import Path
+
+from models.base import load_base
+
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.42.0",
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "safety_checker": [None, None],
+    "requires_safety_checker": False,
+    "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+}
+MODEL_CARD = """# The embedded base
+
+A Stable Diffusion in small, so that everything runs where there is no model hub and no GPU. {megabytes:.1f} MB in half
+precision: UNet {unet:.1f} M parameters on 32x32x8 latents of 256x256 pictures, autoencoder {vae:.1f} M, text encoder
+{text_encoder:.1f} M, image encoder {image_encoder:.1f} M, a byte-level BPE of the prompts' own words.
+
+Trained from nothing by `python -m embedded.pretrain` on {renders} captioned pictures, a quarter of them renders of
+procedurally dressed bodies (Anny), the rest textures of such bodies in {layouts} UV layouts that are not Anny's own
+(captions end with ", uv 0" to ", uv 11"); for the encoders on {outfits} further outfits in {views} poses each; for the
+autoencoder on patchworks of fabric too. It never saw a texture in the layout that joint training teaches. The encoders
+learned contrastively, two views of an outfit against each other and against captions, some of them nearly right; then
+each learned to tell in words what the outfits are, the text encoder from captions, the image encoder from pictures. It
+is no use for anything but this project's demonstration and tests.
+
+| stage | steps | seconds ({device}, {precision}) | first loss | last loss |
+| --- | --- | --- | --- | --- |
+{stages}
+"""
+STAGE_ROW = "| {name} | {steps} | {seconds} | {first_loss:.3f} | {last_loss:.3f} |"
+
+
+def write_index_and_card(out: Path, facts: dict, summaries: dict[str, dict]) -> None:
+    """Writes model_index.json and README.md into a base whose folders are all there.
+
+    facts: renders, outfits, views, layouts, device, precision. summaries: `train_stage`'s, by stage.
+    """
+    (out / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
+    base = load_base(str(out))
+    sizes = {name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in base.modules().items()}
+    megabytes = sum(path.stat().st_size for path in out.rglob("*.safetensors")) / 1e6
+    stages = "\n".join(STAGE_ROW.format(name=name, **summary) for name, summary in summaries.items())
+    (out / "README.md").write_text(MODEL_CARD.format(megabytes=megabytes, stages=stages, **sizes, **facts))

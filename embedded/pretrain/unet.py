@@ -1,0 +1,97 @@
+"""The UNet (v-prediction, zero terminal SNR: Lin et al. 2024), first on pictures of half the size."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from embedded.pretrain.autoencoder import PATCH
+from embedded.pretrain.scenes import CAPTIONS, RESOLUTION, load_scenes
+from embedded.pretrain.stage import Run, train_stage
+from embedded.pretrain.tokenizer import tokenize
+from models.diffusion import autocast, encode_posterior, training_target
+
+BATCH = 24  # pictures
+SMALL_SHARE = 0.75  # of the steps: pictures of half the size, and twice as many
+LARGE = 3000  # pictures for the other steps
+CHANNELS = dict(in_channels=8, out_channels=8, block_out_channels=(32, 80, 128), norm_num_groups=16)
+BLOCKS = dict(
+    layers_per_block=1,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    cross_attention_dim=128,
+    attention_head_dim=4,
+)
+BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+ZERO_TERMINAL_SNR = dict(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+
+
+# Latents and states are joined outside autocast, which on a CPU does not join float16.
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray, resolution: int, precision) -> torch.Tensor:
+    """pictures: (N, 3, H, W) uint8, scaled to `resolution` → latents: (N, 8, resolution/8, resolution/8) float16."""
+    latents = []
+    for start in tqdm(range(0, len(pictures), 50), f"latents of {resolution}"):
+        pixel_values = torch.from_numpy(pictures[start : start + 50].copy()).to(vae.device) / 127.5 - 1
+        pixel_values = F.interpolate(pixel_values, size=(resolution,) * 2, mode="bilinear", antialias=True)
+        with autocast(vae.device, precision):
+            mean, _ = encode_posterior(vae, pixel_values)
+        latents.append((mean * vae.config.scaling_factor).half().cpu())
+    return torch.cat(latents)
+
+
+@torch.no_grad()
+def encode_captions(text_encoder: CLIPTextModel, tokenizer, captions: list[str], precision) -> torch.Tensor:
+    """N captions → (N, 77, 128) float16."""
+    states = []
+    for start in tqdm(range(0, len(captions), 100), "text states"):
+        input_ids = tokenize(tokenizer, captions[start : start + 100]).to(text_encoder.device)
+        with autocast(text_encoder.device, precision):
+            encoded = text_encoder(input_ids)
+        states.append(encoded.last_hidden_state.half().cpu())
+    return torch.cat(states)
+
+
+def train_unet(run: Run, steps: int) -> dict:
+    """Needs out/vae, out/tokenizer and out/text_encoder; writes out/unet and out/scheduler."""
+    device = run.device
+    pictures, labels = load_scenes(run)
+    vae = AutoencoderKL.from_pretrained(run.out / "vae", torch_dtype=torch.float32).to(device).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(run.out / "tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(run.out / "text_encoder", dtype=torch.float32).to(device).eval()
+    noise_scheduler = DDPMScheduler(**BETAS, **ZERO_TERMINAL_SNR, steps_offset=1, clip_sample=False)
+    DDIMScheduler.from_config(noise_scheduler.config, set_alpha_to_one=True).save_pretrained(run.out / "scheduler")
+    small_latents = encode_pictures(vae, pictures, RESOLUTION // 2, run.precision)
+    large_latents = encode_pictures(vae, pictures[:LARGE], RESOLUTION, run.precision)
+    captions = [caption for label in labels for caption in label["captions"]]
+    states = encode_captions(text_encoder, tokenizer, captions, run.precision).unflatten(0, (-1, CAPTIONS))
+    empty_state = encode_captions(text_encoder, tokenizer, [""], run.precision)[0]
+
+    torch.manual_seed(2)
+    unet = UNet2DConditionModel(sample_size=RESOLUTION // PATCH, **CHANNELS, **BLOCKS)
+    unet.to(device, memory_format=torch.channels_last)
+    ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+
+    def loss_fn(step):
+        rng = np.random.default_rng([4, step])
+        all_latents, count = (small_latents, 2 * BATCH) if step < SMALL_SHARE * steps else (large_latents, BATCH)
+        count = min(count, len(all_latents))
+        rows = rng.choice(len(all_latents), count, replace=False)
+        latents = all_latents[rows].to(device).float()
+        encoder_hidden_states = states[rows, rng.integers(0, CAPTIONS, count)]
+        encoder_hidden_states[torch.rand(count) < 0.1] = empty_state
+        noise = torch.randn(latents.shape).to(device)
+        timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (count,)).to(device)
+        noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+        noisy_latents = noisy_latents.contiguous(memory_format=torch.channels_last)
+        with autocast(device, run.precision):
+            noise_pred = unet(noisy_latents, timesteps, encoder_hidden_states.to(device).float()).sample
+        return F.mse_loss(noise_pred.float(), training_target(noise_scheduler, latents, noise, timesteps))
+
+    summary = train_stage("unet", run.work, {"unet": unet}, loss_fn, steps, lr=8e-4, ema=ema)
+    ema.copy_to(unet.parameters())
+    unet.half().save_pretrained(run.out / "unet")
+    return summary
