@@ -42,9 +42,8 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     )
     made.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two folders that --out named, or results.json")
     against = parser.add_argument_group("against what")
-    against.add_argument(
-        "--data", help="a data set of build_atlas_large.py, or procedural (default, but for --textures)"
-    )
+    data = "a data set of build_atlas_large.py, or procedural; --textures need none (default: procedural)"
+    against.add_argument("--data", help=data)
     against.add_argument("--task", choices=("t2uv", "i2uv", "both"), default="both", help="default: both")
     against.add_argument("--limit", type=int, default=200, help="samples (default: %(default)s)")
     networks = "embedded (default), clip, clip-336, clip-b32, inception, or a CLIP model's folder; several times"

@@ -64,7 +64,7 @@ def _compared(name: str, left: Tensor, right: Tensor) -> dict | str:
 def _row(difference: Figure | str, needed: int | str) -> dict | str:
     if isinstance(difference, str):
         return difference
-    value, low, high = difference.value, difference.low, difference.high
+    value, low, high = map(float, (difference.value, difference.low, difference.high))
     return {
         "difference": value,
         "low": low,
@@ -72,7 +72,7 @@ def _row(difference: Figure | str, needed: int | str) -> dict | str:
         "count": difference.count,
         "skipped": difference.skipped,
         "samples_needed": needed,
-        "told_apart": low > 0 or high < 0,
+        "told_apart": bool(low > 0 or high < 0),
     }
 
 

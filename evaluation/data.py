@@ -16,7 +16,7 @@ from embedded.grammar import Outfit
 from embedded.painter import Painting
 from evaluation.procedural import SIZE, Judge, resized, view_of
 
-PROCEDURAL = "procedural"
+PROCEDURAL, PROMPTS_ALONE = "procedural", "prompts without true textures"
 LARGEST_SIDE = 8192
 
 
@@ -114,16 +114,17 @@ def read_texture(source: str | Path | bytes, size: int, name: str | None = None)
 
 
 def foreign_textures(
-    folder: str, prompts: str | None, body: str, truths: EvaluationSet | None, limit: int
+    folder: str, prompts: str | None, body: str, size: int | None, truths: EvaluationSet | None, limit: int
 ) -> tuple[EvaluationSet, Callable[[int], Tensor]]:
     """The textures that another system made → their samples, and number → (3, size, size) in [0, 1].
 
-    prompts: as of `read_prompts`; None: what the folder carries. truths: a data set with the same prompts, whose
+    prompts: as of `read_prompts`; None: what the folder carries. size: at which they are measured; None: the first
+    one's own. truths: a data set with the same prompts, whose
     samples they then are; the second texture of a prompt goes with its second sample. What cannot be read, or has no
     such sample, is skipped. Raises UserError when none is left.
     """
     source = HuggingFaceATLAS(folder, prompts, limit=limit)
-    skipped, rows, samples, size = [], [], [], truths.size if truths else None
+    skipped, rows, samples, size = [], [], [], truths.size if truths else size
     waiting: dict[str, list[int]] = {}
     for sample, prompt in enumerate(truths.prompts if truths else ()):
         waiting.setdefault(prompt, []).append(sample)
@@ -152,7 +153,9 @@ def foreign_textures(
     if truths:
         return _chosen(truths, samples, skipped), texture
     names = [source.names[row] if source.names else f"{row:05d}" for row in rows]
-    return EvaluationSet(folder, body, size, names, [source.prompts[row] for row in rows], skipped=skipped), texture
+    return EvaluationSet(
+        PROMPTS_ALONE, body, size, names, [source.prompts[row] for row in rows], skipped=skipped
+    ), texture
 
 
 def _chosen(samples: EvaluationSet, numbers: list[int], skipped: list[str]) -> EvaluationSet:

@@ -87,10 +87,12 @@ def summary(results: dict) -> dict:
 
 
 def shown(value: float | None) -> str:
-    """A number as a table has it: four digits, no more than four behind the point."""
+    """A number as a table has it: three or four digits."""
     if value is None:
         return "–"
-    return f"{value:.4f}" if abs(value) < 1 else f"{value:.4g}"
+    if abs(value) >= 1 or value == 0:
+        return f"{value:.4g}"
+    return f"{value:.4f}" if abs(value) >= 0.01 else f"{value:.3g}"
 
 
 def shown_figure(figure: dict | str) -> str:

@@ -87,7 +87,7 @@ def evaluate_textures(args: argparse.Namespace, cfg: Config) -> dict | None:
         size = cfg.data.resolution or 512
         _, truths = open_data(args, cfg, size, args.task == "i2uv", None)
     body = cfg.data.body or "anny"
-    samples, textures = foreign_textures(args.textures, args.prompts, body, truths, args.limit)
+    samples, textures = foreign_textures(args.textures, args.prompts, body, cfg.data.resolution, truths, args.limit)
     task = "i2uv" if args.task == "i2uv" else "t2uv"
     return measure_and_write(args, samples, {task: textures}, {"textures": args.textures}, {}, "cpu")
 

@@ -125,7 +125,7 @@ def test_what_is_written(run, quick, tmp_path):
     assert text.count("data:image/jpeg;base64,") == 3 * 2 * 5, "three cases, made and true, a texture and four renders"
     assert "<script" not in text and "http" not in text.replace("https://nvlabs-fi-cdn", "")
     assert list((out / "tensorboard").glob("events.*"))
-    assert results["tasks"]["truth"]["figures"]["follows.color.top"]["value"] == 1
+    assert results["tasks"]["truth"]["figures"]["follows.color.hair"]["value"] == 1
 
 
 @pytest.fixture()
@@ -150,7 +150,7 @@ def test_textures_of_another_system(run, quick, foreign, tmp_path):
     assert len(summary["skipped"]) == 2 and "4.png" in summary["skipped"][0] and "64 x 32" in summary["skipped"][1]
     assert summary["t2uv"]["texture"] == measuring.NO_TRUTH
     assert summary["t2uv"]["uv"]["seam_error"]["count"] == 4
-    assert summary["t2uv"]["follows"]["retrieval"]["embedded image encoder"]["value"] == 1
+    assert summary["t2uv"]["follows"]["retrieval"]["embedded image encoder"]["value"] >= 0.75  # chance: 0.25
 
 
 def test_textures_of_another_system_against_the_truth_and_each_other(run, quick, foreign, samples, tmp_path):
