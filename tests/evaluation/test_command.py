@@ -9,14 +9,17 @@ import torch
 from PIL import Image, ImageOps
 
 import evaluate as command
-from evaluation import making, measuring, page, procedural
-from evaluation.data import procedural_set
+from atlas_dataset.dataset import ATLASLarge
+from common.errors import UserError
+from evaluation import making, measuring, page, procedural, running
+from evaluation.data import procedural_set, stored_set
 from evaluation.making import Job, make_textures, model_description, texture_path
 from evaluation.measuring import measure, observe, rolled
 from evaluation.page import chosen_cases
 from evaluation.procedural import Judge, PatternClassifier, held_out_paintings
 from evaluation.report import markdown, read_results
 from models.checkpoints import TrainedModel
+from models.conditioning import make_aligner
 from tests.conftest import command_line
 
 
@@ -211,6 +214,36 @@ def test_a_data_set_on_disk(run, quick, dataset_dir):
     summary = json.loads(printed.splitlines()[-1])
     assert summary["t2uv"]["texture"]["psnr"]["count"] == 3
     assert "only told on the procedural set" in summary["t2uv"]["follows"]["attributes"]
+
+
+def test_a_picture_that_cannot_be_decoded_is_skipped_by_name(dataset_dir, make_config, monkeypatch):
+    decode = ATLASLarge.texture
+
+    def texture(self, row):
+        if row == 1:
+            raise UserError("texture 1 of data set d is damaged")
+        return decode(self, row)
+
+    monkeypatch.setattr(ATLASLarge, "texture", texture)
+    stored = stored_set(str(dataset_dir), make_config(), 32, True, 3)
+    assert stored.skipped == ["texture 1 of data set d is damaged"] and stored.names == ["00000", "00002"]
+    assert stored.prompts == ["a man in red", "a man in blue"]
+    assert stored.picture(1).height == 32 and stored.truth(1)[:, 16, 16].argmax() == 2, "blue, of row 2"
+
+
+def test_prompts_and_pictures_and_both(run, quick, base, make_config, monkeypatch):
+    cfg = make_config()
+    aligner = make_aligner(cfg.model.aligner, base).eval().requires_grad_(False)
+    monkeypatch.setattr(running, "load_model", lambda *arguments: (TrainedModel(base, aligner, cfg), None, 7))
+    status, printed, error = run("--limit=2")
+    assert status == 0, error
+    summary = json.loads(printed.splitlines()[-1])
+    assert summary["i2uv"]["psnr"] > 0 and {"psnr_visible", "psnr_hidden", "ssim"} <= summary["i2uv"].keys()
+    assert {"img_weight_0_25", "img_weight_0_5", "img_weight_0_75"} == summary["both"].keys()
+    assert summary["i2uv"]["follows"]["picture_retrieval"]["embedded image encoder"]["count"] == 2
+    status, printed, error = run("--limit=2", "--task=i2uv")
+    assert status == 0, error
+    assert not {"t2uv", "both", "sentences"} & json.loads(printed.splitlines()[-1]).keys()
 
 
 def test_best_median_and_worst_are_different_samples():
