@@ -105,7 +105,7 @@ def comparison_table(rows: dict[str, dict | str]) -> str:
     lines = ["| measure | better | first - second [95 % interval] | told apart | samples to tell them apart |"]
     lines.append("| --- | --- | --- | --- | --- |")
     for name, row in rows.items():
-        cells = [f"`{name}`", better(name)]
+        cells = [f"`{name}`", better(name.partition(".")[2])]
         if isinstance(row, str):
             cells += [row, "", ""]
         else:

@@ -168,7 +168,7 @@ def test_textures_of_another_system_against_the_truth_and_each_other(run, quick,
     assert status == 0, error
     row = json.loads(printed.splitlines()[-1])["t2uv.texture.psnr"]
     assert row["low"] > 20 and row["told_apart"] and row["samples_needed"] == 2 and row["count"] == 4
-    assert "| `t2uv.texture.psnr` | ↑ |" in printed
+    assert "| `t2uv.texture.psnr` | ↑ |" in printed and "| `t2uv.follows.color.hair` | ↑ |" in printed
     status, printed, _ = run("--compare", tmp_path / "out", tmp_path / "out")
     same = json.loads(printed.splitlines()[-1])["t2uv.texture.psnr"]
     assert same["difference"] == 0 and not same["told_apart"] and "no difference" in same["samples_needed"]
