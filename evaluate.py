@@ -1,57 +1,88 @@
-"""Measures a checkpoint on the procedural set, where the truth is known: does it follow the prompt and the picture?
+"""Measures textures: how near the true ones, how they look on the body, whether they follow prompt and picture.
 
-    python evaluate.py --limit 200                     # the newest checkpoint, or --checkpoint DIR
-    python evaluate.py --limit 200 --base              # the base alone, before joint training: prompts only
+    python evaluate.py --limit 200                              # the newest checkpoint on held-out procedural outfits
+    python evaluate.py --checkpoint DIR --data DIR --task i2uv --extractor clip --extractor inception
+    python evaluate.py --limit 200 --base                       # the base alone, before joint training: prompts only
+    python evaluate.py --textures DIR --prompts FILE            # what another system made
+    python evaluate.py --compare A B                            # two --out folders: differences, samples needed
 
-Prompts are combinations that training never saw; pictures are renders of such textures in unseen poses and cameras.
-A colour is right when, of all the words for it, the nearest to the region's median (CIELAB) is the prompt's. Patterns
-are told apart by a linear classifier fitted to true textures; sleeves and legs are long where forearms and shins look
-like cloth. The same measures of the true held-out textures are reported as `truth`, and of those that have been
-through the autoencoder, which bounds what any latents can show, as `autoencoder`. For pictures also PSNR and SSIM
-inside the UV mask, and PSNR apart for texels that the picture shows and those it hides. `both` gives a prompt and a
-picture of another person, for a quarter of them, and counts, where the two disagree, whose colour the texture has, by
---img-weight. The last line is JSON.
+Textures are made under --out, once: the same command goes on where it stopped, and `accelerate launch --multi_gpu`
+shares them. Written there: results.json, results.md, report.html, TensorBoard's scalars. docs/metrics.md defines every
+measure; each has its 95 % interval, or says why there is none.
+
+The procedural set is the default: prompts are combinations that training never saw; pictures are renders of such
+textures in unseen poses and cameras. A colour is right when, of all the words for it, the nearest to the region's
+median (CIELAB) is the prompt's. Patterns are told apart by a linear classifier fitted to true textures; sleeves and
+legs are long where forearms and shins look like cloth. `truth` measures the true textures, `autoencoder` those that
+have been through it, which bounds what any latents can show. For pictures also PSNR and SSIM inside the UV mask, and
+PSNR apart for texels that the picture shows and those it hides. `both` gives a prompt and a picture of another person,
+for a quarter of them, and counts, where the two disagree, whose colour the texture has. The last line is JSON.
 """
 
 import argparse
 import json
-from pathlib import Path
 
+from common import processes
 from common.errors import UserError, exit_on_user_error
-from common.processes import keep_freed_memory
+from common.files import check_writable
 from config.configuration import DEFAULT_CONFIG, dotted_overrides, load_config
-from evaluation.procedural import evaluate
-from lora_utils import merge_lora
-from models.base import load_configured_base, pick_device
-from models.checkpoints import TrainedModel, load_checkpoint, newest_checkpoint
-from models.diffusion import frozen_dtype, resolve_precision
+from evaluation.comparison import compare, comparison_table
+from evaluation.report import summary
+from evaluation.running import evaluate_model, evaluate_textures
+
+
+def parse_args() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = parser.add_argument_group("what is measured")
+    made.add_argument("--checkpoint", help="checkpoint folder (default: the newest under output.out_dir)")
+    made.add_argument("--base", action="store_true", help="the configured base without LoRA and aligner")
+    made.add_argument("--textures", help="a folder of textures that another system made, or a table as ATLAS has it")
+    made.add_argument(
+        "--prompts", help="of --textures: CSV or JSONL with file names, or a line for each in their order"
+    )
+    made.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two folders that --out named, or results.json")
+    against = parser.add_argument_group("against what")
+    data = "a data set of build_atlas_large.py, or procedural; --textures need none (default: procedural)"
+    against.add_argument("--data", help=data)
+    against.add_argument("--task", choices=("t2uv", "i2uv", "both"), default="both", help="default: both")
+    against.add_argument("--limit", type=int, default=200, help="samples (default: %(default)s)")
+    networks = "embedded (default), clip, clip-336, clip-b32, inception, or a CLIP model's folder; several times"
+    against.add_argument("--extractor", action="append", metavar="NAME|FOLDER", help=networks)
+    against.add_argument("--face-model", help="a TorchScript file of a face recognition network")
+    parser.add_argument("--out", default="outputs/evaluation", help="folder (default: %(default)s)")
+    args, unknown = parser.parse_known_args()
+    args.extractor = list(dict.fromkeys(args.extractor or ["embedded"]))
+    return args, dotted_overrides(unknown)
+
+
+def check(args: argparse.Namespace) -> None:
+    if args.limit < 1:
+        raise UserError("--limit must be 1 or more")
+    if args.base and args.checkpoint:
+        raise UserError("--base measures no checkpoint: give one of the two")
+    if args.textures and (args.base or args.checkpoint):
+        raise UserError("--textures are made already: leave out --checkpoint and --base")
+    if args.prompts and not args.textures:
+        raise UserError("--prompts belong to --textures; a checkpoint is measured on the prompts of --data")
+    if args.base and args.task == "i2uv":
+        raise UserError("--base reads no pictures: give --task t2uv")
+    check_writable(args.out)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="checkpoint folder (default: the newest under output.out_dir)")
-    parser.add_argument("--base", action="store_true", help="the configured base without LoRA and aligner")
-    parser.add_argument("--limit", type=int, default=200, help="prompts, and pictures (default: %(default)s)")
-    args, unknown = parser.parse_known_args()
     with exit_on_user_error():
-        if args.limit < 1:
-            raise UserError("--limit must be 1 or more")
-        if args.base and args.checkpoint:
-            raise UserError("--base measures no checkpoint: give one of the two")
-        overrides = dotted_overrides(unknown)
+        args, overrides = parse_args()
+        if args.compare:
+            rows = compare(*args.compare)
+            print(comparison_table(rows), json.dumps(rows, allow_nan=False), sep="\n")
+            return
+        check(args)
+        processes.keep_freed_memory()
         cfg = load_config(DEFAULT_CONFIG, overrides)
-        if args.base:
-            device = pick_device(cfg.training.device)
-            dtype = frozen_dtype(resolve_precision(cfg.training.mixed_precision, device), device)
-            trained = TrainedModel(load_configured_base(cfg.model, device, dtype), None, cfg)
-        else:
-            folder = Path(args.checkpoint) if args.checkpoint else newest_checkpoint(cfg.output.out_dir)
-            trained = load_checkpoint(folder, overrides)
-        keep_freed_memory()
-        merge_lora(trained.base)
-        result = evaluate(trained, args.limit)
-    print(json.dumps(result, indent=1))
-    print(json.dumps(result))
+        results = evaluate_textures(args, cfg) if args.textures else evaluate_model(args, cfg, overrides)
+    if results is not None:  # the main process's
+        print(json.dumps(summary(results), indent=1, ensure_ascii=False))
+        print(json.dumps(summary(results), ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -15,17 +15,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from evaluation.making import Job, make_batch
 from evaluation.procedural import (
+    ROWS_AT_ONCE,
+    SIZE,
     Tally,
     colour_right,
     held_out_paintings,
+    resized,
     score_pixels,
-    textures_from,
     view_of,
 )
 from lora_utils import merge_lora
 from models.checkpoints import EMBEDDED_CHECKPOINT, load_checkpoint
-from models.generation import condition
 
 
 @torch.no_grad()
@@ -42,8 +44,12 @@ def main():
     for size in args.sizes:
         trained, tally = load_checkpoint(args.checkpoint, [f"model.image_size={size}"]), Tally()
         merge_lora(trained.base)
-        states = [condition(trained, None, picture, 1) for picture, _ in views]
-        for (outfit, painting), (_, seen), texture in zip(truths, views, textures_from(trained, states, "i2uv")):
+        jobs = [Job("i2uv", number, None) for number in range(len(views))]
+        pictures, textures = [picture for picture, _ in views], []
+        for start in range(0, len(jobs), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            textures += (resized(make_batch(trained, jobs[rows], pictures[rows]), SIZE) + 1) / 2
+        for (outfit, painting), (_, seen), texture in zip(truths, views, textures):
             colour_right(tally, "i2uv", outfit, painting, texture)
             score_pixels(tally, painting, seen, texture)
         measures[size] = tally.nested()["i2uv"]

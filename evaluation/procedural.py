@@ -1,6 +1,8 @@
 """Measures on the procedural set, where the truth of every texel is known."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -18,9 +20,7 @@ from embedded.grammar import COLOURS, ETHNICITIES, HAIR, PATTERNS, Outfit, sampl
 from embedded.painter import BOTTOM, HAIR_REGION, SKIN, TOP, Painting, body_maps, paint
 from evaluation.sentences import SENTENCES
 from models.checkpoints import TrainedModel
-from models.conditioning import blend
-from models.diffusion import autocast, decode_latents, encode_posterior, resolve_precision
-from models.generation import condition, generate
+from models.diffusion import decode_latents, encode_posterior
 from render.rasteriser import rasterize, rasterize_uv
 from render.rigs import load_rig
 from render.uv_space import fill_outside
@@ -189,43 +189,72 @@ def held_out_paintings(count: int) -> list[tuple[Outfit, Painting]]:
     return [(outfit, paint(outfit, SEED + index, SIZE)) for index, outfit in enumerate(outfits)]
 
 
+class Judge:
+    """Tells whether textures show the attributes of held-out outfits."""
+
+    def __init__(self, truths: list[tuple[Outfit, Painting]], trained: TrainedModel | None = None):
+        """trained: whose autoencoder blurs half of what the classifier of patterns is fitted to; None: all is sharp."""
+        self.truths, self.trained, self.limb_masks = truths, trained, limbs()
+
+    @functools.cached_property
+    def classifier(self) -> PatternClassifier:
+        rng = np.random.default_rng(SEED + 1)
+        trained_on = [sample_outfit(rng) for _ in range(FITTED_TO)]
+        fitted = [(outfit, paint(outfit, index, SIZE)) for index, outfit in enumerate(trained_on)]
+        textures = [painting.texture[:3] for _, painting in fitted]
+        if self.trained is not None:
+            textures += autoencoded(self.trained, fitted)
+        with torch.enable_grad():
+            return PatternClassifier(fitted, textures)
+
+    def add(self, tally: Tally, task: str, number: int, texture: Tensor) -> None:
+        outfit, painting = self.truths[number]
+        score(tally, task, outfit, painting, texture, self.classifier, self.limb_masks)
+
+    def shares(self, number: int, texture: Tensor) -> dict[str, float]:
+        """Of texture (3, SIZE, SIZE) in [0, 1] for outfit `number`: "color.top" and so on → share of right answers."""
+        tally = Tally()
+        self.add(tally, "texture", number, texture)
+        return {name.partition(".")[2]: sum(hits) / len(hits) for name, hits in tally.answers.items()}
+
+
 @torch.no_grad()
-def evaluate(trained: TrainedModel, limit: int) -> dict:
-    """The measures that evaluate.py explains, of `limit` prompts and as many pictures, nested by name."""
-    tally, limb_masks, truths = Tally(), limbs(), held_out_paintings(limit)
-    rng = np.random.default_rng(SEED + 1)
-    trained_on = [sample_outfit(rng) for _ in range(FITTED_TO)]
-    fitted = [(outfit, paint(outfit, index, SIZE)) for index, outfit in enumerate(trained_on)]
-    with torch.enable_grad():
-        sharp = [painting.texture[:3] for _, painting in fitted]
-        classifier = PatternClassifier(fitted, [*sharp, *autoencoded(trained, fitted)])
-    decoded = autoencoded(trained, truths)
-    for (outfit, painting), texture in zip(truths, decoded):
-        score(tally, "truth", outfit, painting, painting.texture[:3], classifier, limb_masks)
-        score(tally, "autoencoder", outfit, painting, texture, classifier, limb_masks)
+def evaluate(judge: Judge, texture: Callable[[str, int], Tensor], tasks: list[str]) -> dict:
+    """The measures that evaluate.py explains, nested by name.
+
+    texture: "t2uv", "i2uv", "sentences" or `blend_name` and a number → what was made, (3, SIZE, SIZE) in [0, 1].
+    tasks: of "t2uv", "i2uv". Raises UserError where a texture is missing.
+    """
+    tally, truths, limit = Tally(), judge.truths, len(judge.truths)
+    decoded = autoencoded(judge.trained, truths)
+    for number, ((_, painting), blurred) in enumerate(zip(truths, decoded)):
+        judge.add(tally, "truth", number, painting.texture[:3])
+        judge.add(tally, "autoencoder", number, blurred)
         inside = painting.texture[3] > 0
-        error = (texture - painting.texture[:3])[:, inside].square().mean()
+        error = (blurred - painting.texture[:3])[:, inside].square().mean()
         tally.add("autoencoder.psnr", -10 * error.log10())
-
-    prompts = [condition(trained, outfit.prompt, None, 0) for outfit, _ in truths]
-    for (outfit, painting), texture in zip(truths, textures_from(trained, prompts, "t2uv")):
-        score(tally, "t2uv", outfit, painting, texture, classifier, limb_masks)
-    score_sentences(tally, trained)
-    if trained.aligner is None:
-        return tally.nested()
-
-    views = [view_of(painting, index) for index, (_, painting) in enumerate(tqdm(truths, "pictures"))]
-    pictures = [condition(trained, None, picture, 1) for picture, _ in views]
-    for (outfit, painting), (_, seen), texture in zip(truths, views, textures_from(trained, pictures, "i2uv")):
-        score(tally, "i2uv", outfit, painting, texture, classifier, limb_masks)
-        score_pixels(tally, painting, seen, texture)
-    others = pictures[1:] + pictures[:1]  # each prompt with the next person's picture
-    quarter = math.ceil(limit / 4)
-    for weight in IMG_WEIGHTS if limit > 1 else ():
-        states = [blend(prompt, other, weight) for prompt, other in zip(prompts[:quarter], others)]
-        for index, texture in enumerate(textures_from(trained, states, f"both at {weight}")):
-            score_both(tally, weight, truths[index], truths[(index + 1) % limit], texture)
+    for task in tasks:
+        for number in range(limit):
+            judge.add(tally, task, number, texture(task, number))
+    if "t2uv" in tasks:
+        score_sentences(tally, [texture("sentences", number) for number in range(len(SENTENCES))])
+    if "i2uv" in tasks:
+        for number, (_, painting) in enumerate(truths):
+            score_pixels(tally, painting, view_of(painting, number)[1], texture("i2uv", number))
+    for weight, number in blends(limit) if len(tasks) == 2 else ():
+        pair = truths[number], truths[(number + 1) % limit]
+        score_both(tally, weight, *pair, texture(blend_name(weight), number))
     return tally.nested()
+
+
+def blends(limit: int) -> list[tuple[float, int]]:
+    """(weight of the picture, number): a quarter of the prompts, each with the next person's picture."""
+    numbers = range(math.ceil(limit / 4)) if limit > 1 else ()
+    return [(weight, number) for weight in IMG_WEIGHTS for number in numbers]
+
+
+def blend_name(weight: float) -> str:
+    return f"both_{weight}"
 
 
 @torch.no_grad()
@@ -272,11 +301,10 @@ def score_both(tally: Tally, weight: float, told, shown, texture: Tensor) -> Non
             tally.add(measure, nearest == words[0])
 
 
-def score_sentences(tally: Tally, trained: TrainedModel) -> None:
-    """Colours of SENTENCES, over what every garment covers."""
+def score_sentences(tally: Tally, textures: list[Tensor]) -> None:
+    """Colours of SENTENCES, over what every garment covers. textures: (3, SIZE, SIZE) in [0, 1], one a sentence."""
     neutral = paint(Outfit("white", "man", "white", "t-shirt", "black", "shorts", "black"), SEED, SIZE)
-    states = [condition(trained, sentence, None, 0) for sentence, _ in SENTENCES]
-    for (_, words), texture in zip(SENTENCES, textures_from(trained, states, "sentences")):
+    for (_, words), texture in zip(SENTENCES, textures):
         for region, word in words.items():
             colour = region_colour(texture, neutral, REGIONS[region])
             tally.add("sentences.color", nearest_word(colour, words_for(region)) == word)
@@ -294,20 +322,3 @@ def view_of(painting: Painting, index: int) -> tuple[Image.Image, Tensor]:
     seen = torch.zeros(SIZE * SIZE, dtype=torch.bool)
     seen[texels.pixel] = torch.isin(texels.face, shown_faces)
     return image_from_pixels(picture), seen.view(SIZE, SIZE)
-
-
-def textures_from(trained: TrainedModel, states: list[Tensor], name: str) -> Tensor:
-    """encoder_hidden_states (1, L, D) each → textures (B, 3, SIZE, SIZE) in [0, 1], each from its own seed."""
-    cfg, device, settings = trained.cfg, trained.base.device, trained.cfg.inference
-    guidance_scale = settings.guidance_scale
-    if name == "i2uv":  # of a picture alone
-        guidance_scale = settings.image_guidance_scale or guidance_scale
-    batches = []
-    with autocast(device, resolve_precision(cfg.training.mixed_precision, device)):
-        for start in tqdm(range(0, len(states), ROWS_AT_ONCE), name):
-            encoder_hidden_states = torch.cat(states[start : start + ROWS_AT_ONCE])
-            seeds = [SEED + start + row for row in range(len(encoder_hidden_states))]
-            steps, negative = settings.num_inference_steps, settings.negative_prompt
-            textures = generate(trained, encoder_hidden_states, negative, seeds, steps, guidance_scale)
-            batches.append(textures.cpu())
-    return (resized(torch.cat(batches), SIZE) + 1) / 2

@@ -52,16 +52,17 @@ FIGURES = "From `evaluate.py`:\n\n| measure | value |\n| --- | --- |\n{rows}"
 
 
 def read_metrics(path: str | None) -> dict[str, float]:
-    """The last line of what evaluate.py printed → {"t2uv.color.top": 0.9, ...}; {} for None."""
+    """The shares in the last line of what evaluate.py printed → {"t2uv.color.top": 0.9, ...}; {} for None. Figures with
+    an interval, reasons and lists are left to its report."""
     if path is None:
         return {}
     figures = {}
 
     def flatten(section: dict, prefix: str) -> None:
         for name, value in section.items():
-            if isinstance(value, dict):
+            if isinstance(value, dict) and "value" not in value:
                 flatten(value, f"{prefix}{name}.")
-            else:
+            elif not isinstance(value, (dict, str, list)):
                 figures[prefix + name] = float(value)
 
     try:

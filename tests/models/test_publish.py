@@ -31,7 +31,9 @@ def published(checkpoint, tmp_path, run_script, monkeypatch):  # noqa: F811
 
 
 def test_the_card_tells_what_was_measured_and_shows_it(published, tmp_path):
-    figures = {"t2uv": {"color": {"top": 0.75}}, "i2uv": {"psnr": 11.25}}
+    interval = {"value": 3.5, "low": 3.0, "high": 4.0, "count": 2, "skipped": 0}
+    t2uv = {"color": {"top": 0.75}, "texture": {"psnr": interval, "lpips": "needs torchvision"}}
+    figures = {"t2uv": t2uv, "i2uv": {"psnr": 11.25}, "skipped": ["4.png"]}
     (tmp_path / "figures.txt").write_text("{\n}\n" + json.dumps(figures) + "\n")
     status, error, out, uploads = published("--metrics", tmp_path / "figures.txt", "--push-to-hub", "someone/textures")
     assert status == 0, error

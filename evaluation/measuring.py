@@ -1,0 +1,192 @@
+"""Every measure of one set of textures, a value a sample where there is one, with its interval or the reason for none.
+
+Names are FAMILY.MEASURE: `texture`, texel by texel; `render`, on the body, those of a network under the network's name;
+`uv`, consistency; `follows`, whether what was asked for is there.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common import processes
+from common.pictures import prepare_image
+from evaluation.consistency import consistency, defects, sharpness
+from evaluation.data import EvaluationSet
+from evaluation.distances import set_distances
+from evaluation.extractors import Extractor, features_of, text_features_of
+from evaluation.render_space import (
+    clip_score,
+    compare_renders,
+    face_similarity,
+    image_similarity,
+    retrieval,
+    view_features,
+)
+from evaluation.texture_space import compare_textures, filled
+from evaluation.uncertainty import Figure, mean_figure, share_figure
+from render.bodies import Body
+from render.rigs import load_body
+from render.uv_space import uv_mask
+
+SHARES = ("follows.", "uv.defects.")  # measures whose values are hits
+NO_TRUTH = "needs true textures; give a data set with --data"
+NO_ATTRIBUTES = "attributes are only told on the procedural set"
+
+Textures = Callable[[int], Tensor]  # the number of a sample → (3, size, size) in [0, 1], as written
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What is seen of N textures alone: features (N, 4, D) by extractor, and the measures of consistency."""
+
+    features: dict[str, Tensor]
+    consistency: dict[str, Tensor]
+
+
+@dataclass
+class Measures:
+    """values: (N,) by name, NaN where a sample could not be measured; figures: of them, and of whole sets."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    figures: dict[str, Figure | str] = field(default_factory=dict)
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, name: str, values: Tensor | str) -> None:
+        """A value a sample, or why there is none."""
+        figure = share_figure if name.startswith(SHARES) else mean_figure
+        self.figures[name] = figure(name, values)
+        if not isinstance(values, str):
+            self.values[name] = values.double()
+
+
+def label(extractor: Extractor | str, asked: str) -> str:
+    """What a network's rows are called; names are nested at dots."""
+    return (asked if isinstance(extractor, str) else extractor.name).replace(".", "_")
+
+
+def in_turn(samples: EvaluationSet, textures: Textures, body: Body, is_filled: bool) -> Iterator[Tensor]:
+    """One texture after the other, as written or filled outside the islands: memory stays the same for any N."""
+    mask = uv_mask(body, samples.size)
+    for number in range(len(samples)):
+        texture = textures(number)
+        yield filled(texture[None], mask)[0] if is_filled else texture
+
+
+def observe(samples: EvaluationSet, textures: Textures, extractors: dict[str, Extractor | str], what: str) -> Observed:
+    """extractors: by the name they were asked for. what: the textures' name for the progress bar."""
+    body, loaded = (
+        load_body(samples.body),
+        [extractor for extractor in extractors.values() if not isinstance(extractor, str)],
+    )
+    silent = not processes.is_main()
+    in_order = in_turn(samples, textures, body, is_filled=True)
+    features = view_features(body, tqdm(in_order, f"{what}: renders", len(samples), disable=silent), loaded)
+    written = in_turn(samples, textures, body, is_filled=False)
+    measured = consistency(body, tqdm(written, f"{what}: consistency", len(samples), disable=silent))
+    return Observed(features, measured)
+
+
+def measure(
+    samples: EvaluationSet,
+    textures: Textures,
+    extractors: dict[str, Extractor | str],
+    observed: Observed,
+    truth: Observed | None,
+    face_model: Extractor | str | None = None,
+    against_truth: bool = True,
+) -> Measures:
+    """All families. observed, truth: of `observe`, for these textures and the samples' true ones.
+
+    against_truth: False leaves out what compares them with the true ones, as for the true ones themselves.
+    """
+    measures = Measures(features=observed.features)
+    if against_truth:
+        _add_distances_to_truth(measures, samples, textures, face_model)
+    for asked, extractor in extractors.items():
+        if isinstance(extractor, str):
+            measures.figures[f"render.{label(extractor, asked)}"] = extractor
+            continue
+        features = observed.features[extractor.name]
+        references = truth.features[extractor.name] if truth and against_truth else None
+        _add_network(measures, samples, extractor, features, references)
+    for name, values in observed.consistency.items():
+        measures.add(f"uv.{name}", values)
+    energies = truth.consistency["gradient_energy"] if truth else None
+    measures.add("uv.sharpness", sharpness(observed.consistency["gradient_energy"], energies))
+    for name, values in defects(observed.consistency, truth.consistency if truth else None).items():
+        measures.add(f"uv.defects.{name}", values)
+    _add_attributes(measures, samples, textures)
+    return measures
+
+
+def _add_distances_to_truth(
+    measures: Measures, samples: EvaluationSet, textures: Textures, face_model: Extractor | str | None
+) -> None:
+    """Texture space, the same on renders, and faces."""
+    if samples.truth is None:
+        measures.figures |= dict.fromkeys(("texture", "render.pixels"), NO_TRUTH)
+        return
+    body = load_body(samples.body)
+    mask, by_sample = uv_mask(body, samples.size), []
+    for number in tqdm(range(len(samples)), "against the truth", disable=not processes.is_main()):
+        ours, truth = textures(number)[None], samples.truth(number)[None]
+        by_sample.append(compare_textures(ours, truth, mask))
+    for name, first in by_sample[0].items():
+        is_reason = isinstance(first, str)
+        measures.add(f"texture.{name}", first if is_reason else torch.cat([values[name] for values in by_sample]))
+    pairs = [in_turn(samples, side, body, is_filled=True) for side in (textures, samples.truth)]
+    pairs[0] = tqdm(pairs[0], "renders against the truth", len(samples), disable=not processes.is_main())
+    for name, values in compare_renders(body, *pairs).items():
+        measures.add(f"render.{name}", values)
+    if face_model is not None:
+        pairs = [in_turn(samples, side, body, is_filled=True) for side in (textures, samples.truth)]
+        measures.add("render.face_similarity", face_similarity(body, *pairs, face_model))
+
+
+def _add_network(
+    measures: Measures, samples: EvaluationSet, extractor: Extractor, features: Tensor, references: Tensor | None
+) -> None:
+    """What one network says of the renders. features, references: (N, 4, D)."""
+    prefix = label(extractor, "")
+    keys = text_features_of(extractor, samples.prompts)
+    if isinstance(keys, str):
+        measures.figures[f"render.{prefix}.clip_score"] = keys
+    else:
+        measures.add(f"render.{prefix}.clip_score", clip_score(features, keys.cpu()))
+        measures.add(f"follows.retrieval.{prefix}", retrieval(features, keys.cpu(), samples.prompts))
+    if samples.picture:
+        pictures = (prepare_image(samples.picture(number), extractor.side) for number in range(len(samples)))
+        shown = torch.cat([features_of(extractor, (picture[None] + 1) / 2).cpu() for picture in pictures])
+        measures.add(f"follows.picture_retrieval.{prefix}", retrieval(features, shown, samples.names))
+    if references is not None:
+        measures.add(f"render.{prefix}.image_similarity", image_similarity(features, references))
+        for name, figure in set_distances(features, references).items():
+            measures.figures[f"render.{prefix}.{name}"] = figure
+
+
+def _add_attributes(measures: Measures, samples: EvaluationSet, textures: Textures) -> None:
+    """A texture's share of right answers to each kind of attribute, NaN where its prompt has none of the kind."""
+    if samples.attributes is None:
+        measures.figures["follows.attributes"] = NO_ATTRIBUTES
+        return
+    by_sample = [samples.attributes(number, textures(number)) for number in range(len(samples))]
+    for name in dict.fromkeys(name for shares in by_sample for name in shares):
+        values = torch.tensor([shares.get(name, torch.nan) for shares in by_sample])
+        measures.add(f"follows.{name}", values)
+
+
+def rolled(textures: Textures, count: int) -> Textures:
+    """Each sample's texture replaced by the next one's: what a system shows that does not listen."""
+    return lambda number: textures((number + 1) % count)
+
+
+def ranking(measures: Measures) -> tuple[str, Tensor] | None:
+    """The measure by which cases are called best and worst, and its values."""
+    scores = [name for name in measures.values if name.endswith("clip_score")]
+    for name in ("render.ms_ssim", "render.ssim", *scores):
+        if name in measures.values and measures.values[name].isfinite().any():
+            return name, measures.values[name]
+    return None
