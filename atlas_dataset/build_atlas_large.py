@@ -46,7 +46,7 @@ def main():
     args, overrides = parser.parse_known_args()
     datasets.disable_progress_bars()
 
-    with exit_when_stopped("the same command goes on after the last whole shard"), exit_on_user_error():
+    with exit_on_user_error(), exit_when_stopped("the same command goes on after the last whole shard"):
         if args.verify:
             counts = verify_dataset(args.out)
             print(f"{args.out} is whole: {counts['textures']} textures and {counts['renders']} renders")

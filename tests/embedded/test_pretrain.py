@@ -63,7 +63,7 @@ def test_a_stage_alone_names_the_stage_to_run_first(small_run, stage, first):
         train_tokenizer(Path("base"))
     status, _, message = small_run(f"--stage={stage}")
     assert status == 2 and f"--stage {first}` first" in message and message.count("\n") == 1
-    assert not list(Path("work").iterdir()), "nothing was rendered"
+    assert not Path("work").exists(), "nothing was written"
 
 
 def test_a_stage_resumed_halfway_ends_the_same(tmp_path):
