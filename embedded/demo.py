@@ -27,7 +27,7 @@ PROMPTS = (  # combinations that `Outfit.held_out` keeps out of training
     "African American, man, striped long sleeve shirt, green pants, black hair",
     "Asian, young girl, green jacket, orange shorts, brown hair",
 )
-MINUTES = 12.0  # in all, after set-up, on any machine: training takes what the rest leaves
+MINUTES = 11.0  # in all, after set-up, on any machine: training takes what the rest leaves
 SMALL_SHARE = 0.6  # of training: on textures of half the size, whose steps take less than half the time
 DATA = ("--data.dataset=procedural:400", "--data.views_per_texture=2", "--output.sample_every=100000")
 SMALL = ("--data.resolution=128",)
