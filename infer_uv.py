@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from common import processes
 from common.errors import INCOMPLETE, UserError, exit_on_user_error
@@ -36,7 +35,14 @@ from config.configuration import DEFAULT_CONFIG, dotted_overrides
 from models.diffusion import SAMPLERS
 from models.generation import check_takes_pictures, prompt_length
 from models.pipeline import TexturePipeline, read_mask, weights_hash
-from models.settings import MASKED_STRENGTH, GenerationSettings, check_ranges, read_description, read_settings
+from models.settings import (
+    MASKED_STRENGTH,
+    GenerationSettings,
+    check_ranges,
+    encode_described,
+    read_description,
+    read_settings,
+)
 from render.export import INFLUENCES, SUFFIXES, export_body
 from render.regions import BODY_REGIONS
 from render.rigs import load_rig
@@ -309,10 +315,7 @@ def export(job: Job, texture: Image.Image, call: Call) -> list[Path]:
 
 def write_texture(path: Path, texture: Image.Image, description: dict) -> None:
     """The PNG with how it was made in its text chunks."""
-    chunks = PngInfo()
-    chunks.add_text("Software", "TexDreamer Joint")
-    chunks.add_itxt("parameters", json.dumps(description, ensure_ascii=False))
-    write_whole(path, encode_image(texture, format="PNG", pnginfo=chunks))
+    write_whole(path, encode_described(texture, description))
 
 
 def append_to_manifest(folder: Path, description: dict) -> None:

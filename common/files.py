@@ -19,11 +19,12 @@ def current_name(name: str) -> str:
     return MOVED[name] if name in MOVED and not Path(name).exists() else name
 
 
-def content_hash(*contents: bytes) -> str:
+def content_hash(*contents: bytes | str) -> str:
     """A short hash of the contents in their order."""
     digest = hashlib.blake2b(digest_size=16)
     for content in contents:
-        digest.update(len(content).to_bytes(8, "little") + content)
+        data = content.encode() if isinstance(content, str) else content
+        digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
 
 

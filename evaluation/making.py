@@ -1,21 +1,19 @@
 """Makes the textures that are measured: written as PNG files that say how they were made, so that a run goes on."""
 
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
-from tqdm import tqdm
 
 from common import processes
 from common.errors import UserError
 from common.files import content_hash, write_whole
-from common.pictures import encode_image, image_from_pixels
+from common.pictures import image_from_pixels
+from common.progress import progress
 from evaluation.data import EvaluationSet
 from evaluation.procedural import ROWS_AT_ONCE, SEED, blend_name, blends
 from evaluation.sentences import SENTENCES
@@ -25,7 +23,7 @@ from models.conditioning import same_length
 from models.diffusion import autocast, resolve_precision
 from models.generation import condition, generate, prompt_length
 from models.pipeline import weights_hash
-from models.settings import read_description
+from models.settings import encode_described, read_description
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ def make_textures(trained: TrainedModel, jobs: list[Job], out: Path, description
     for (folder, _), group in itertools.groupby(sorted(mine, key=alike), alike):
         group = list(group)
         starts = range(0, len(group), ROWS_AT_ONCE)
-        for start in tqdm(starts, folder, disable=not processes.is_main()):
+        for start in progress(starts, folder):
             chunk = group[start : start + ROWS_AT_ONCE]
             pictures = [job.picture(job.picture_number) if job.picture else None for job in chunk]
             described = [_described(trained, *pair, description) for pair in zip(chunk, pictures)]
@@ -139,10 +137,7 @@ def is_made(path: Path, description: dict) -> bool:
 
 def write_texture(path: Path, texture: Tensor, description: dict) -> None:
     """texture: (3, R, R) in [-1, 1], as decoded: nothing is filled or enlarged."""
-    chunks = PngInfo()
-    chunks.add_text("Software", "TexDreamer Joint")
-    chunks.add_itxt("parameters", json.dumps(description, ensure_ascii=False))
-    write_whole(path, encode_image(image_from_pixels(texture), format="PNG", pnginfo=chunks))
+    write_whole(path, encode_described(image_from_pixels(texture), description))
 
 
 def make_batch(trained: TrainedModel, jobs: list[Job], pictures: list[Image.Image | None]) -> Tensor:

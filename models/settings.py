@@ -7,8 +7,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from common.errors import UserError, reason
+from common.pictures import encode_image
 from common.text import read_text
 from config.configuration import Inference
 
@@ -87,6 +89,14 @@ def check_ranges(values: dict, called: Callable[[str], str]) -> None:
         if value is not None and not least <= value <= greatest:
             limits = f"{least} or more" if greatest == math.inf else f"{least} to {greatest}"
             raise UserError(f"{called(name)} {value}: give {limits}")
+
+
+def encode_described(texture: Image.Image, description: dict) -> bytes:
+    """The texture's PNG with how it was made in its text chunks, for `read_description`."""
+    chunks = PngInfo()
+    chunks.add_text("Software", "TexDreamer Joint")
+    chunks.add_itxt("parameters", json.dumps(description, ensure_ascii=False))
+    return encode_image(texture, format="PNG", pnginfo=chunks)
 
 
 def read_description(path: Path) -> dict:

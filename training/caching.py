@@ -5,7 +5,6 @@ hash of what made it (weights, resolution, precision). So an edited texture, ano
 nothing there and is made anew, and only what changed is. Shards are safetensors files, read through memory maps.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from atlas_dataset.dataset import ATLASLarge
 from common import processes
 from common.errors import UserError, one_line_errors, reason
-from common.files import check_writable, temporary_name, write_whole
+from common.files import check_writable, content_hash, temporary_name, write_whole
 from common.progress import progress
 from config.configuration import Config
 from models.base import BaseModel
@@ -93,15 +92,6 @@ class Encoding:
     encode: Callable[[object], Tensor]  # a batch of those → entries (B, ...)
 
 
-def digest(*contents: bytes | str) -> str:
-    """A short hash of the contents in their order."""
-    hasher = hashlib.blake2b(digest_size=16)
-    for content in contents:
-        data = content.encode() if isinstance(content, str) else content
-        hasher.update(len(data).to_bytes(8, "little") + data)
-    return hasher.hexdigest()
-
-
 def weights_digest(module: torch.nn.Module) -> str:
     """A hash of a module's weights and of its configuration."""
     config = module.config if isinstance(module.config, dict) else module.config.to_dict()
@@ -109,7 +99,7 @@ def weights_digest(module: torch.nn.Module) -> str:
     state = module.state_dict()
     weights = (tensor.detach().contiguous().view(-1).view(torch.uint8).cpu() for tensor in state.values())
     weights_bytes = (weight.numpy().tobytes() for weight in weights)
-    return digest(json.dumps(settings, sort_keys=True, default=str), *state, *weights_bytes)
+    return content_hash(json.dumps(settings, sort_keys=True, default=str), *state, *weights_bytes)
 
 
 def picture_keys(table, column: str, root: Path, rebuild: bool = False) -> list[str]:
@@ -125,7 +115,7 @@ def picture_keys(table, column: str, root: Path, rebuild: bool = False) -> list[
     for row in progress(table.select_columns(column), f"{column} keys", unit="row", leave=False):
         content = row[column]["bytes"]
         is_inside &= bool(content)
-        keys.append(digest(content or _read_picture(row[column]["path"])))
+        keys.append(content_hash(content or _read_picture(row[column]["path"])))
     if is_inside:  # pictures outside the table may change without it
         write_whole(memo, json.dumps(keys).encode())
     return keys
@@ -141,7 +131,7 @@ def files_digest(table) -> str:
     for file in table.cache_files:
         status = os.stat(file["filename"])
         identities.append(f"{file['filename']} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}")
-    return digest(table._fingerprint, *identities)
+    return content_hash(table._fingerprint, *identities)
 
 
 def _read_picture(path: str) -> bytes:
@@ -205,18 +195,18 @@ def _encodings(
         return encode_images(base, pixels).to(base.image_encoder.dtype)
 
     how = (str(VERSION), str(precision))
-    maker = digest(weights_digest(base.vae), str(dataset.resolution), *how)
+    maker = content_hash(weights_digest(base.vae), str(dataset.resolution), *how)
     keys = picture_keys(dataset.textures, "texture", root, rebuild)
     encodings = [Encoding("posterior", maker, keys, dataset.texture, encode_textures)]
     if cfg.data.cache == "all":
         prompts = [cfg.model.prompt_template.format(prompt=prompt) for prompt in dataset.prompts]
-        maker = digest(weights_digest(base.text_encoder), base.tokenizer.backend_tokenizer.to_str(), *how)
-        keys = [digest(prompt) for prompt in prompts]
+        maker = content_hash(weights_digest(base.text_encoder), base.tokenizer.backend_tokenizer.to_str(), *how)
+        keys = [content_hash(prompt) for prompt in prompts]
         encode_texts = partial(encode_prompts, base)  # (B, L, D)
         encodings.append(Encoding("text_states", maker, keys, prompts.__getitem__, encode_texts))
     if cfg.data.cache == "all" and dataset.renders is not None:
         settings = (*base.image_processor.image_mean, *base.image_processor.image_std, *dataset.image_size)
-        maker = digest(weights_digest(base.image_encoder), *map(str, settings), *how)
+        maker = content_hash(weights_digest(base.image_encoder), *map(str, settings), *how)
         keys = picture_keys(dataset.renders, "image", root, rebuild)
         encodings.append(Encoding("image_tokens", maker, keys, dataset.image, encode_pictures))
     return encodings
@@ -246,7 +236,7 @@ def _build(folder: Path, encoding: Encoding, missing: dict[str, int], num_worker
                         _check_finite(entry, f"{encoding.name} of row {missing[key]}")
                         entries[key] = entry.clone(memory_format=torch.contiguous_format)
                     bar.update(len(encoded))
-            _write(folder / f"{digest(*shard_keys)}.safetensors", entries)
+            _write(folder / f"{content_hash(*shard_keys)}.safetensors", entries)
 
 
 class _Inputs(torch.utils.data.Dataset):
