@@ -172,10 +172,12 @@ def picture_size(base: BaseModel, shape: tuple[int, int], image_size: int | None
     return height, width
 
 
-@torch.no_grad()
 def encode_images(base: BaseModel, images: Tensor) -> Tensor:
     """images: (B, 3, H, W) in [-1, 1] → all of the image encoder's tokens: (B, T, image_dim) float32. Where H and W are
-    not its own size, its learned positions are interpolated (as in Dosovitskiy et al. 2021, section 3.2)."""
+    not its own size, its learned positions are interpolated (as in Dosovitskiy et al. 2021, section 3.2).
+
+    Differentiable where the image encoder has a LoRA that is trained.
+    """
     mean, std = (
         torch.tensor(values, device=base.device)[:, None, None]
         for values in (base.image_processor.image_mean, base.image_processor.image_std)
