@@ -16,7 +16,7 @@ from evaluation.data import procedural_set, stored_set
 from evaluation.making import Job, make_textures, model_description, texture_path
 from evaluation.measuring import measure, observe, rolled
 from evaluation.page import chosen_cases
-from evaluation.procedural import Judge, PatternClassifier, held_out_paintings
+from evaluation.procedural import Judge, PatternClassifier, colours_named, held_out_paintings
 from evaluation.report import markdown, read_results
 from models.checkpoints import TrainedModel
 from models.conditioning import make_aligner
@@ -117,12 +117,12 @@ def test_what_is_written(run, quick, tmp_path):
     summary, out = json.loads(printed.splitlines()[-1]), tmp_path / "out"
     assert 0 <= summary["t2uv"]["color"]["hair"] <= 1 and summary["sentences"].keys() == {"forms", "synonyms"}
     assert summary["autoencoder"]["psnr"] > 0 and "i2uv" not in summary
-    assert summary["t2uv"]["uv"]["sharpness"]["value"] == pytest.approx(summary["t2uv"]["sharpness"], rel=1e-3)
+    assert summary["t2uv"]["uv"]["sharpness"]["value"] == pytest.approx(summary["t2uv"]["sharpness"], abs=1e-4)
     assert summary["t2uv"]["texture"]["psnr"].keys() == {"value", "low", "high", "count", "skipped"}
     assert "needs 20 reference textures, has 3" in summary["t2uv"]["uv"]["defects"]["baked-in light"]
     assert summary["t2uv"]["render"]["embedded image encoder"]["fid"] == "fid needs 129 pictures, has 12"
     results, features = read_results(str(out))
-    assert_named(results["procedural"], NAMES["t2uv"])
+    assert_named(results["procedural"], NAMES["t2uv"], 3)
     assert features["t2uv/embedded image encoder"].shape[:2] == (3, 4)
     assert "NaN" not in (out / "results.json").read_text() and "nan" not in (out / "results.md").read_text()
     assert "needs inception-2015-12-05.pt" in (out / "results.md").read_text()
@@ -141,8 +141,12 @@ NAMES = {
 }
 
 
-def assert_named(measures: dict, names: str) -> None:
+def assert_named(measures: dict, names: str, limit: int) -> None:
+    """Colours of regions that no held-out outfit has a word for are not measured."""
+    told = {region for outfit, _ in held_out_paintings(limit) for region in colours_named(outfit)}
     for name in names.split():
+        if ".color." in name and name.rpartition(".")[2] not in told:
+            continue
         value = measures
         for level in name.split("."):
             value = value[level]
@@ -257,7 +261,7 @@ def test_prompts_and_pictures_and_both(run, quick, base, make_config, monkeypatc
     assert status == 0, error
     summary = json.loads(printed.splitlines()[-1])
     assert summary["i2uv"]["psnr"] > 0 and {"psnr_visible", "psnr_hidden", "ssim"} <= summary["i2uv"].keys()
-    assert_named(summary, " ".join(NAMES.values()))
+    assert_named(summary, " ".join(NAMES.values()), 2)
     assert {"img_weight_0_25", "img_weight_0_5", "img_weight_0_75"} == summary["both"].keys()
     assert summary["i2uv"]["follows"]["picture_retrieval"]["embedded image encoder"]["count"] == 2
     status, printed, error = run("--limit=2", "--task=i2uv")
