@@ -19,7 +19,6 @@ from common.errors import UserError, exit_on_user_error
 from common.files import check_writable, write_whole
 from embedded.pretrain.autoencoder import train_autoencoder
 from embedded.pretrain.card import write_index_and_card
-from embedded.pretrain.contrastive import train_contrastive
 from embedded.pretrain.image_encoder import train_image_encoder
 from embedded.pretrain.scenes import LAYOUTS, VIEWS
 from embedded.pretrain.stage import Run
@@ -45,11 +44,10 @@ def build_tokenizer(run: Run, steps: int) -> dict:
 
 STAGES = {
     "tokenizer": Stage(build_tokenizer, 0, "tokenizer"),
-    "contrastive": Stage(train_contrastive, 750, "feature_extractor", ("tokenizer",)),
-    "text_encoder": Stage(train_text_encoder, 1200, "text_encoder", ("tokenizer", "contrastive")),
-    "image_encoder": Stage(train_image_encoder, 4800, "image_encoder", ("tokenizer", "contrastive", "text_encoder")),
+    "text_encoder": Stage(train_text_encoder, 3000, "text_encoder", ("tokenizer",)),
+    "image_encoder": Stage(train_image_encoder, 5000, "image_encoder", ("tokenizer", "text_encoder")),
     "autoencoder": Stage(train_autoencoder, 2600, "vae"),
-    "unet": Stage(train_unet, 3600, "unet", ("tokenizer", "contrastive", "text_encoder", "autoencoder")),
+    "unet": Stage(train_unet, 3600, "unet", ("tokenizer", "text_encoder", "autoencoder")),
 }
 
 
