@@ -20,6 +20,7 @@ from common.files import check_writable, write_whole
 from embedded.pretrain.autoencoder import train_autoencoder
 from embedded.pretrain.card import write_index_and_card
 from embedded.pretrain.image_encoder import train_image_encoder
+from embedded.pretrain.latents import build_latents
 from embedded.pretrain.scenes import LAYOUTS, VIEWS
 from embedded.pretrain.stage import Run
 from embedded.pretrain.text_encoder import train_text_encoder
@@ -46,15 +47,21 @@ STAGES = {
     "tokenizer": Stage(build_tokenizer, 0, "tokenizer"),
     "text_encoder": Stage(train_text_encoder, 3000, "text_encoder", ("tokenizer",)),
     "image_encoder": Stage(train_image_encoder, 5000, "image_encoder", ("tokenizer", "text_encoder")),
-    "autoencoder": Stage(train_autoencoder, 2600, "vae"),
-    "unet": Stage(train_unet, 3600, "unet", ("tokenizer", "text_encoder", "autoencoder")),
+    "latents": Stage(build_latents, 0, "vae"),
+    "autoencoder": Stage(train_autoencoder, 16000, "vae", ("latents",)),
+    "unet": Stage(train_unet, 5000, "unet", ("tokenizer", "text_encoder", "latents")),
 }
 
 
 def read_summaries(run: Run) -> dict[str, dict | None]:
     """By stage, of the stages that were begun; None for one that is to be run (again): see `run_stage`."""
-    path = run.work / "stages.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    paths = {name: run.work / "stages" / f"{name}.json" for name in STAGES}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
+def write_summary(run: Run, name: str, summary: dict | None) -> None:
+    """A file a stage: two processes may run different stages at once."""
+    write_whole(run.work / "stages" / f"{name}.json", json.dumps(summary).encode())
 
 
 def run_stage(name: str, run: Run, steps: int) -> None:
@@ -69,11 +76,9 @@ def run_stage(name: str, run: Run, steps: int) -> None:
     check_writable(run.out)
     check_writable(run.work)
     # Two stages may write one folder, so that it is there says nothing about the later one.
-    outdated = [name, *(later for later, stage in STAGES.items() if name in stage.needs)]
-    summaries.update(dict.fromkeys(outdated))
-    write_whole(run.work / "stages.json", json.dumps(summaries).encode())
-    summaries[name] = STAGES[name].train(run, steps)
-    write_whole(run.work / "stages.json", json.dumps(summaries).encode())
+    for outdated in [name, *(later for later, stage in STAGES.items() if name in stage.needs)]:
+        write_summary(run, outdated, None)
+    write_summary(run, name, STAGES[name].train(run, steps))
 
 
 def parse_args() -> argparse.Namespace:

@@ -4,13 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 
 from common.files import PROJECT_ROOT
 from embedded.grammar import Outfit
 from embedded.pretrain import scenes
 from embedded.pretrain.__main__ import STAGES, main
-from embedded.pretrain.autoencoder import equalise
 from embedded.pretrain.stage import train_stage
 from embedded.pretrain.tokenizer import train_tokenizer
 from embedded.pretrain.unet import encode_captions, encode_pictures
@@ -112,24 +110,6 @@ def test_captions_that_are_nearly_right_differ_from_the_right_ones():
             "navy skirt" in words or "skirt in navy" in words,
         ]
         assert not all(right)
-
-
-def test_equalised_latents_have_unit_colour_and_the_same_pictures():
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        latent_channels=5, block_out_channels=(8, 8), norm_num_groups=4,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-    )  # fmt: skip
-    pictures = torch.rand(6, 3, 32, 32) * 2 - 1
-    with torch.no_grad():
-        before, deviation = vae(pictures).sample, vae.encode(pictures).latent_dist.std
-        equalise(vae, pictures)
-        after, posterior = vae(pictures).sample, vae.encode(pictures).latent_dist
-    assert torch.allclose(before, after, atol=1e-4)
-    assert torch.allclose(posterior.mean.mean((0, 2, 3)), torch.zeros(5), atol=1e-4)
-    assert torch.allclose(posterior.mean.std((0, 2, 3)), torch.tensor([1, 1, 1, 0.5, 0.5]), atol=1e-3)
-    factor = (posterior.std / deviation).mean((0, 2, 3))
-    assert torch.allclose(posterior.std, deviation * factor[:, None, None], rtol=1e-3)
 
 
 def test_latents_and_states_are_joined_under_bfloat16(base):
