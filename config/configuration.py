@@ -129,6 +129,7 @@ class Training(Section):
     ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = None  # checkpoints hold the average; null: none
     min_snr_gamma: Annotated[Number, Field(gt=0)] | None = None  # weight of timesteps (Hang et al. 2023), 5 say
     outside_weight: Share = 1.0  # of texels outside the UV islands in the loss; 0 leaves them out
+    leading_channels: Annotated[int, Field(gt=0)] | None = None  # count for half the loss; null: all latents alike
     joint: Schedule = Schedule()
     t2uv: Schedule = Schedule()
     i2uv: Schedule = Schedule()

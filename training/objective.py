@@ -147,7 +147,8 @@ STATES_OF = {"text": prompt_states, "image": picture_states}
 def denoising_errors(
     run: Run, latents: Tensor, noise: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor
 ) -> Tensor:
-    """Mean squared error of the UNet's prediction in each row, (B,), texels weighted by `run.texel_weight`."""
+    """Mean squared error of the UNet's prediction in each row, (B,), texels weighted by `run.texel_weight`; the first
+    `training.leading_channels` count for as much as all the others."""
     unet, noise_scheduler = run.base.unet, run.base.noise_scheduler
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps).to(unet.dtype)
     if run.cfg.model.channels_last:
@@ -155,7 +156,11 @@ def denoising_errors(
     with autocast(run.base.device, run.precision):
         noise_pred = unet(noisy_latents, timesteps, encoder_hidden_states.to(unet.dtype)).sample
     target = training_target(noise_scheduler, latents, noise, timesteps)
-    squared_error = (noise_pred.float() - target).square().mean(1)  # (B, H/8, W/8)
+    squared_error = (noise_pred.float() - target).square()  # (B, 4, H/8, W/8)
+    if leading := run.cfg.training.leading_channels:
+        squared_error = (squared_error[:, :leading].mean(1) + squared_error[:, leading:].mean(1)) / 2
+    else:
+        squared_error = squared_error.mean(1)  # (B, H/8, W/8)
     if run.texel_weight is None:
         return squared_error.mean((1, 2))
     return (squared_error * run.texel_weight).sum((1, 2)) / run.texel_weight.sum()

@@ -154,6 +154,12 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
     device = processes.join(pick_device(launched_device(settings.device)))
     precision = resolve_precision(launched_precision(settings.mixed_precision), device)
     base = load_configured_base(cfg.model, device, frozen_dtype(precision, device))
+    latent_channels = base.unet.config.out_channels
+    if settings.leading_channels and settings.leading_channels >= latent_channels:
+        raise UserError(
+            f"training.leading_channels is {settings.leading_channels}, but this base's latents have {latent_channels} "
+            "channels in all; take fewer, or null"
+        )
     aligner, groups = _add_trained(cfg, task, base)
     parameters = [parameter for group in groups for parameter in group["params"]]
     null_states = None

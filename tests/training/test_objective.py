@@ -153,6 +153,29 @@ def test_texels_outside_the_islands_can_be_left_out(make_config):
     assert denoising_errors(run, latents, noise, timesteps, torch.zeros(2, 1, 1)).min() > 1
 
 
+def test_leading_channels_count_for_as_much_as_all_the_others(make_config):
+    run, _ = joint_run(make_config, "training.leading_channels=1", "data.resolution=64")
+    side = 64 // run.base.vae_scale
+
+    class WrongBy(torch.nn.Module):
+        dtype, device = torch.float32, torch.device("cpu")
+
+        def __init__(self, *errors):
+            super().__init__()
+            self.errors = torch.tensor(errors, dtype=torch.float32)[:, None, None]
+
+        def forward(self, noisy_latents, timesteps, states):
+            return type("Output", (), {"sample": noise + self.errors})()
+
+    latents, noise, timesteps = torch.randn(2, 4, side, side), torch.randn(2, 4, side, side), torch.tensor([1, 2])
+    for errors, loss in (((2, 0, 0, 0), 2), ((0, 1, 1, 1), 0.5), ((0, 3, 0, 0), 1.5)):
+        run.base.unet = WrongBy(*errors)
+        measured = objective.denoising_errors(run, latents, noise, timesteps, torch.zeros(2, 1, 1))
+        assert torch.allclose(measured, torch.full((2,), float(loss)))
+    with pytest.raises(UserError, match="have 4 channels in all"):
+        joint_run(make_config, "training.leading_channels=4")
+
+
 def test_validation_is_on_held_out_rows_with_fixed_noise(make_config):
     run = set_up(
         make_config("data.validation_textures=2", "training.joint.batch_size=1", "model.lora.dropout=0.5"), "joint"
