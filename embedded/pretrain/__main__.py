@@ -4,7 +4,9 @@
     python -m embedded.pretrain --stage autoencoder      # one stage, on what earlier ones wrote to --out
 
 Seven stages, each on captioned renders of procedurally dressed bodies, on their textures in other UV layouts and on
-patchworks of fabric; no picture shows a texture in Anny's own layout, so making those is left to the joint training.
+painted pictures of anything; no picture shows a texture in Anny's own layout, so making those is left to the joint
+training. `unet` needs the encoder that `latents` fits, not the decoder that `autoencoder` trains: two processes may run
+these two stages at once.
 """
 
 import argparse
@@ -50,8 +52,8 @@ STAGES = {
     "text_encoder": Stage(train_text_encoder, 1200, "text_encoder", ("tokenizer", "contrastive")),
     "image_encoder": Stage(train_image_encoder, 4800, "image_encoder", ("tokenizer", "contrastive", "text_encoder")),
     "latents": Stage(build_latents, 0, "vae"),
-    "autoencoder": Stage(train_autoencoder, 16000, "vae", ("latents",)),
     "unet": Stage(train_unet, 3600, "unet", ("tokenizer", "contrastive", "text_encoder", "latents")),
+    "autoencoder": Stage(train_autoencoder, 16000, "vae", ("latents",)),
 }
 
 
