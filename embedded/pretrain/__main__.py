@@ -4,7 +4,9 @@
     python -m embedded.pretrain --stage autoencoder      # one stage, on what earlier ones wrote to --out
 
 Six stages, each on captioned renders of procedurally dressed bodies, on their textures in other UV layouts and on
-patchworks of fabric; no picture shows a texture in Anny's own layout, so making those is left to the joint training.
+painted pictures of anything; no picture shows a texture in Anny's own layout, so making those is left to the joint
+training. `unet` needs the encoder that `latents` fits, not the decoder that `autoencoder` trains: two processes may run
+these two stages at once.
 """
 
 import argparse
@@ -48,8 +50,8 @@ STAGES = {
     "text_encoder": Stage(train_text_encoder, 3000, "text_encoder", ("tokenizer",)),
     "image_encoder": Stage(train_image_encoder, 5000, "image_encoder", ("tokenizer", "text_encoder")),
     "latents": Stage(build_latents, 0, "vae"),
-    "autoencoder": Stage(train_autoencoder, 16000, "vae", ("latents",)),
     "unet": Stage(train_unet, 5000, "unet", ("tokenizer", "text_encoder", "latents")),
+    "autoencoder": Stage(train_autoencoder, 16000, "vae", ("latents",)),
 }
 
 

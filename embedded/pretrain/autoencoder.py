@@ -7,7 +7,7 @@ from diffusers import AutoencoderDC, AutoModel
 from diffusers.training_utils import EMAModel
 
 from common.errors import UserError
-from embedded.pretrain.latents import set_linear_decoder
+from embedded.pretrain.latents import basis_of, make_autoencoder
 from embedded.pretrain.scenes import load_scenes
 from embedded.pretrain.stage import Run, train_stage
 from embedded.pretrain.variety import varied_pictures
@@ -54,13 +54,13 @@ def reconstruction_loss(decoded: torch.Tensor, pixel_values: torch.Tensor) -> to
 def train_autoencoder(run: Run, steps: int) -> dict:
     """Needs out/vae of stage latents; trains its decoder, from the encoder's pseudo-inverse on, and rewrites it."""
     pictures, _ = load_scenes(run)
-    vae = AutoModel.from_pretrained(str(run.out / "vae"), torch_dtype=torch.float32).to(run.device).eval()
-    if not isinstance(vae, AutoencoderDC):
+    written = AutoModel.from_pretrained(str(run.out / "vae"), torch_dtype=torch.float32)
+    if not isinstance(written, AutoencoderDC):
         raise UserError(
             f"{run.out / 'vae'} is none of stage latents: run `python -m embedded.pretrain --stage latents`"
         )
     torch.manual_seed(1)
-    set_linear_decoder(vae)  # an earlier training is not gone on from, but by train_stage
+    vae = make_autoencoder(*basis_of(written)).to(run.device)  # the decoder of an earlier run is left behind
     sources = [pictures, varied_pictures(min(VARIED, len(pictures)))]
     ema = EMAModel(vae.decoder.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
 

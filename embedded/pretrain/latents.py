@@ -69,7 +69,7 @@ UNSHUFFLED = torch.tensor(
 
 @torch.no_grad()
 def make_autoencoder(weight: torch.Tensor, bias: torch.Tensor) -> AutoencoderDC:
-    """An autoencoder that encodes with fit_basis' weight and bias, and decodes with `set_linear_decoder`."""
+    """An autoencoder that encodes with fit_basis' weight and bias, and decodes with their pseudo-inverse."""
     vae = AutoencoderDC(
         latent_channels=CHANNELS,
         scaling_factor=SCALING_FACTOR,
@@ -92,17 +92,20 @@ def make_autoencoder(weight: torch.Tensor, bias: torch.Tensor) -> AutoencoderDC:
         vae.encoder.conv_in.conv.weight[c, c, 1, 1] = 1
     vae.encoder.conv_out.weight[:, UNSHUFFLED, 1, 1] = weight
     vae.encoder.conv_out.bias.copy_(bias)
-    set_linear_decoder(vae)
+    inverse = torch.linalg.pinv(weight.double())  # (192, 24)
+    set_linear_decoder(vae.decoder, inverse.float(), (-inverse @ bias.double()).float())
     return vae.eval()
 
 
+def basis_of(vae: AutoencoderDC) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight and bias that `make_autoencoder` gave it."""
+    return vae.encoder.conv_out.weight.detach()[:, UNSHUFFLED, 1, 1], vae.encoder.conv_out.bias.detach()
+
+
 @torch.no_grad()
-def set_linear_decoder(vae: AutoencoderDC) -> None:
-    """Makes the decoder the pseudo-inverse of the linear encoder that vae has; its residual blocks add nothing."""
-    weight = vae.encoder.conv_out.weight[:, UNSHUFFLED, 1, 1].double()
-    inverse = torch.linalg.pinv(weight)  # (192, 24)
-    shift = (-inverse @ vae.encoder.conv_out.bias.double()).float()
-    decoder, quarter, half = vae.decoder, 3 * 16, 3 * 4  # channels that hold pixels at 1/4 and at 1/2 of the size
+def set_linear_decoder(decoder: torch.nn.Module, inverse: torch.Tensor, shift: torch.Tensor) -> None:
+    """Makes a new decoder block = inverse @ latents + shift, its residual blocks adding nothing. inverse: (192, 24)."""
+    quarter, half = 3 * 16, 3 * 4  # channels that hold pixels at 1/4 and at 1/2 of the size
     for block in decoder.up_blocks.modules():
         if hasattr(block, "conv2"):  # a residual block's last convolution
             block.conv2.weight.zero_()
@@ -114,7 +117,7 @@ def set_linear_decoder(vae: AutoencoderDC) -> None:
     # To 1/4: the pixels of a 4x4 quarter of the block. What the shortcut repeats into them is taken off.
     up = decoder.up_blocks[2][0]
     take_off_shortcut(up, range(4 * quarter))
-    up.conv.weight[UNSHUFFLED, :CHANNELS, 1, 1] += inverse.float()
+    up.conv.weight[UNSHUFFLED, :CHANNELS, 1, 1] += inverse
     up.conv.bias[UNSHUFFLED] = shift
     # To 1/2: the pixels of a 2x2. The last channel is the anchor, by which the norm divides and its weight multiplies.
     up, anchor = decoder.up_blocks[1][0], WIDTHS[0] - 1
