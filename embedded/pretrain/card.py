@@ -39,15 +39,17 @@ pixels = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sampl
 
 Trained from nothing by `python -m embedded.pretrain` on {renders} captioned pictures, a quarter of them renders of
 procedurally dressed bodies (Anny), the rest textures of such bodies in {layouts} UV layouts that are not Anny's own
-(captions end with ", uv 0" to ", uv 11"); for the encoders on {outfits} further outfits in {views} poses each; for the
-autoencoder on patchworks of fabric and on painted noise, strokes, letters and blobs too. It never saw a texture in the
-layout that joint training teaches. The encoders learned contrastively, two views of an outfit against each other and
-against captions, some of them nearly right; then each learned to tell in words what the outfits are, the text encoder
-from captions, the image encoder from pictures. It is no use for anything but this project's demonstration and tests.
+(captions end with ", uv 0" to ", uv 11"); for the image encoder on {outfits} further outfits in {views} poses each; for
+the autoencoder on patchworks of fabric and on painted noise, strokes, letters and blobs too. It never saw a texture in
+the layout that joint training teaches. The text encoder learned to tell from captions, in many words and forms, what the
+outfits are; the image encoder to tell it from pictures, where each region is and which colour it has, and to find the
+caption. It is no use for anything but this project's demonstration and tests.
 
 | stage | steps | seconds ({device}, {precision}) | first loss | last loss |
 | --- | --- | --- | --- | --- |
 {stages}
+
+The UNet's loss, by quarter of the timesteps from little noise to much: {losses}.
 """
 STAGE_ROW = "| {name} | {steps} | {seconds} | {first_loss:.3f} | {last_loss:.3f} |"
 
@@ -63,4 +65,10 @@ def write_index_and_card(out: Path, facts: dict, summaries: dict[str, dict]) -> 
     facts = {**facts, "channels": CHANNELS, "detail": float(SPREAD[-1] * SCALING_FACTOR)}
     megabytes = sum(path.stat().st_size for path in out.rglob("*.safetensors")) / 1e6
     stages = "\n".join(STAGE_ROW.format(name=name, **summary) for name, summary in summaries.items())
-    (out / "README.md").write_text(MODEL_CARD.format(megabytes=megabytes, stages=stages, **sizes, **facts))
+    quarters = summaries["unet"]["loss_of_groups"].items()
+    losses = "; ".join(
+        f"{group} {' / '.join(f'{loss:.3f}' for loss in of_quarters)}" for group, of_quarters in quarters
+    )
+    (out / "README.md").write_text(
+        MODEL_CARD.format(megabytes=megabytes, stages=stages, losses=losses, **sizes, **facts)
+    )
