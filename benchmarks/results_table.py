@@ -70,7 +70,7 @@ def run_evaluation(name: str, limit: int, *arguments: str) -> dict:
 def measure_floor(limit: int) -> dict:
     """True textures, each under the prompt, the picture and the truth of the sample before it."""
     judge, extractors = Judge(held_out_paintings(limit)), {"embedded": load_extractor("embedded")}
-    samples = procedural_set(judge.truths, judge)
+    samples = procedural_set(judge)
     truth, textures = observe(samples, samples.truth, extractors, "truth"), rolled(samples.truth, limit)
     observed = observe(samples, textures, extractors, "shuffled")
     measured = {"shuffled": measure(samples, textures, extractors, observed, truth)}

@@ -12,8 +12,6 @@ from atlas_dataset.sources import HuggingFaceATLAS
 from common.errors import UserError
 from common.pictures import image_from_pixels, open_image, pixels_from_image
 from config.configuration import Config
-from embedded.grammar import Outfit
-from embedded.painter import Painting
 from evaluation.procedural import SIZE, Judge, resized, view_of
 
 PROCEDURAL, PROMPTS_ALONE = "procedural", "prompts without true textures"
@@ -44,8 +42,9 @@ class EvaluationSet:
         return len(self.names)
 
 
-def procedural_set(truths: list[tuple[Outfit, Painting]], judge: Judge) -> EvaluationSet:
-    """truths: of `held_out_paintings`."""
+def procedural_set(judge: Judge) -> EvaluationSet:
+    """The held-out outfits that judge knows."""
+    truths = judge.truths
 
     def picture(number: int) -> Image.Image:
         return view_of(truths[number][1], number)[0]
@@ -55,10 +54,11 @@ def procedural_set(truths: list[tuple[Outfit, Painting]], judge: Judge) -> Evalu
         "anny",
         SIZE,
         [f"{number:05d}" for number in range(len(truths))],
-        [outfit.prompt for outfit, _ in truths],
+        [outfit.prompt for outfit in truths.outfits],
         lambda number: truths[number][1].texture[:3],
         picture,
         judge.shares,
+        skipped=judge.lengths_that_do_not_count(),
     )
 
 

@@ -98,7 +98,7 @@ def open_data(
     """The set that --data names, and who tells its attributes; None where nobody does."""
     if args.data in (None, PROCEDURAL):
         judge = Judge(held_out_paintings(args.limit), trained)
-        return judge, procedural_set(judge.truths, judge)
+        return judge, procedural_set(judge)
     return None, stored_set(args.data, cfg, size, with_pictures, args.limit)
 
 
