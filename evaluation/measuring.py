@@ -4,7 +4,7 @@ Names are FAMILY.MEASURE: `texture`, texel by texel; `render`, on the body, thos
 `uv`, consistency; `follows`, whether what was asked for is there.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +27,6 @@ from evaluation.render_space import (
 )
 from evaluation.texture_space import compare_textures, filled
 from evaluation.uncertainty import Figure, mean_figure, share_figure
-from render.bodies import Body
 from render.rigs import load_body
 from render.uv_space import uv_mask
 
@@ -67,26 +66,36 @@ def label(extractor: Extractor | str, asked: str) -> str:
     return (asked if isinstance(extractor, str) else extractor.name).replace(".", "_")
 
 
-def in_turn(samples: EvaluationSet, textures: Textures, body: Body, is_filled: bool) -> Iterator[Tensor]:
-    """One texture after the other, as written or filled outside the islands: memory stays the same for any N."""
-    mask = uv_mask(body, samples.size)
-    for number in range(len(samples)):
-        texture = textures(number)
-        yield filled(texture[None], mask)[0] if is_filled else texture
-
-
 def observe(samples: EvaluationSet, textures: Textures, extractors: dict[str, Extractor | str], what: str) -> Observed:
     """extractors: by the name they were asked for. what: the textures' name for the progress bar."""
-    body, loaded = (
-        load_body(samples.body),
-        [extractor for extractor in extractors.values() if not isinstance(extractor, str)],
-    )
-    silent = not processes.is_main()
-    in_order = in_turn(samples, textures, body, is_filled=True)
-    features = view_features(body, tqdm(in_order, f"{what}: renders", len(samples), disable=silent), loaded)
-    written = in_turn(samples, textures, body, is_filled=False)
-    measured = consistency(body, tqdm(written, f"{what}: consistency", len(samples), disable=silent))
-    return Observed(features, measured)
+    body, loaded = load_body(samples.body), [network for network in extractors.values() if not isinstance(network, str)]
+    mask, features, rows = uv_mask(body, samples.size), {}, Rows()
+    for number in tqdm(range(len(samples)), f"{what}: renders, consistency", disable=not processes.is_main()):
+        texture = textures(number)
+        for name, views in view_features(body, filled(texture[None], mask), loaded).items():  # (1, 4, D)
+            features.setdefault(name, views.new_empty(len(samples), *views.shape[1:]))[number] = views[0]
+        rows.add(consistency(body, [texture]))
+    return Observed(features, {name: torch.tensor(values, dtype=torch.float64) for name, values in rows.values.items()})
+
+
+class Rows:
+    """What is measured on one sample after the other, as Python's numbers.
+
+    Tensors of one number would lie between the large blocks that renders come and go in, and keep the C library from
+    joining those that are free: memory grew by 2 MB a texture.
+    """
+
+    def __init__(self):
+        self.values: dict[str, list[float]] = {}
+        self.reasons: dict[str, str] = {}
+
+    def add(self, measured: dict[str, Tensor | str]) -> None:
+        """A measure's name → its value on this sample, (1,), or why it cannot be had."""
+        for name, value in measured.items():
+            if isinstance(value, str):
+                self.reasons[name] = value
+            else:
+                self.values.setdefault(name, []).append(value.item())
 
 
 def measure(
@@ -129,21 +138,18 @@ def _add_distances_to_truth(
     if samples.truth is None:
         measures.figures |= dict.fromkeys(("texture", "render.pixels"), NO_TRUTH)
         return
-    body = load_body(samples.body)
-    mask, by_sample = uv_mask(body, samples.size), []
+    body, rows = load_body(samples.body), Rows()
+    mask = uv_mask(body, samples.size)
     for number in tqdm(range(len(samples)), "against the truth", disable=not processes.is_main()):
-        ours, truth = textures(number)[None], samples.truth(number)[None]
-        by_sample.append(compare_textures(ours, truth, mask))
-    for name, first in by_sample[0].items():
-        is_reason = isinstance(first, str)
-        measures.add(f"texture.{name}", first if is_reason else torch.cat([values[name] for values in by_sample]))
-    pairs = [in_turn(samples, side, body, is_filled=True) for side in (textures, samples.truth)]
-    pairs[0] = tqdm(pairs[0], "renders against the truth", len(samples), disable=not processes.is_main())
-    for name, values in compare_renders(body, *pairs).items():
-        measures.add(f"render.{name}", values)
-    if face_model is not None:
-        pairs = [in_turn(samples, side, body, is_filled=True) for side in (textures, samples.truth)]
-        measures.add("render.face_similarity", face_similarity(body, *pairs, face_model))
+        pair = textures(number)[None], samples.truth(number)[None]
+        sides = [filled(side, mask) for side in pair]
+        of_families = {"texture": compare_textures(*pair, mask), "render": compare_renders(body, *sides)}
+        if face_model is not None:
+            of_families["render"]["face_similarity"] = face_similarity(body, *sides, face_model)
+        for family, measured in of_families.items():
+            rows.add({f"{family}.{name}": value for name, value in measured.items()})
+    for name in [*rows.values, *rows.reasons]:
+        measures.add(name, rows.reasons.get(name) or torch.tensor(rows.values[name], dtype=torch.float64))
 
 
 def _add_network(

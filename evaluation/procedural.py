@@ -103,8 +103,10 @@ def length(texture: Tensor, limb: Tensor, cloth: Tensor, skin: Tensor) -> str:
 
 
 def limb_cloth(outfit: Outfit, painting: Painting) -> dict[str, int]:
-    """What covers a limb, or would: "sleeve" and "leg" → a region; none whose cloth or skin is next to nothing, or whose
-    cloth has the skin's colour in truth, so that nobody could say how long it is."""
+    """What covers a limb, or would: "sleeve" and "leg" → a region.
+
+    None where there is next to no cloth or skin, or where both have one colour in truth, so that nobody could say how
+    long it is."""
     regions = {"sleeve": TOP, "leg": BOTTOM if outfit.bottom else TOP}
     skin, covering = region_colour(painting.texture[:3], painting, SKIN), {}
     for limb, region in regions.items():
@@ -259,8 +261,8 @@ class Judge:
         """A sentence for each sleeve and leg whose length nobody could tell in truth."""
         limbs_of = [limb_cloth(*truth) for truth in self.truths]
         return [
-            f"sample {number:05d}: how long its {limb}s are does not count: too little of cloth or skin is to be seen, or "
-            f"their colours are alike to {JUST_NOTICEABLE} in CIELAB"
+            f"sample {number:05d}: how long its {limb}s are does not count: of cloth or skin next to nothing is to be seen, "
+            f"or their colours are within {JUST_NOTICEABLE} in CIELAB"
             for number, told in enumerate(limbs_of)
             for limb in self.limb_masks
             if limb not in told
