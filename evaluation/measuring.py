@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from common import processes
 from common.pictures import prepare_image
-from evaluation.consistency import consistency, defects, sharpness
+from evaluation.consistency import NEEDED, consistency, defects, sharpness
 from evaluation.data import EvaluationSet
 from evaluation.distances import set_distances
-from evaluation.extractors import Extractor, features_of, text_features_of
+from evaluation.extractors import Extractor, features_of, network_label, text_features_of
 from evaluation.render_space import (
     clip_score,
     compare_renders,
@@ -59,11 +59,6 @@ class Measures:
         self.figures[name] = figure(name, values)
         if not isinstance(values, str):
             self.values[name] = values.double()
-
-
-def label(extractor: Extractor | str, asked: str) -> str:
-    """What a network's rows are called; names are nested at dots."""
-    return (asked if isinstance(extractor, str) else extractor.name).replace(".", "_")
 
 
 def observe(samples: EvaluationSet, textures: Textures, extractors: dict[str, Extractor | str], what: str) -> Observed:
@@ -116,13 +111,14 @@ def measure(
         _add_distances_to_truth(measures, samples, textures, face_model)
     for asked, extractor in extractors.items():
         if isinstance(extractor, str):
-            measures.figures[f"render.{label(extractor, asked)}"] = extractor
+            measures.figures[f"render.{network_label(asked)}"] = extractor
             continue
         features = observed.features[extractor.name]
         references = truth.features[extractor.name] if truth and against_truth else None
         _add_network(measures, samples, extractor, features, references)
     for name, values in observed.consistency.items():
-        measures.add(f"uv.{name}", values)
+        is_measured = values.isfinite().any()
+        measures.add(f"uv.{name}", values if is_measured else f"{name} {NEEDED[name]}")
     energies = truth.consistency["gradient_energy"] if truth else None
     measures.add("uv.sharpness", sharpness(observed.consistency["gradient_energy"], energies))
     for name, values in defects(observed.consistency, truth.consistency if truth else None).items():
@@ -156,7 +152,7 @@ def _add_network(
     measures: Measures, samples: EvaluationSet, extractor: Extractor, features: Tensor, references: Tensor | None
 ) -> None:
     """What one network says of the renders. features, references: (N, 4, D)."""
-    prefix = label(extractor, "")
+    prefix = network_label(extractor.name)
     keys = text_features_of(extractor, samples.prompts)
     if isinstance(keys, str):
         measures.figures[f"render.{prefix}.clip_score"] = keys

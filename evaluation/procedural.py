@@ -261,8 +261,8 @@ class Judge:
         """A sentence for each sleeve and leg whose length nobody could tell in truth."""
         limbs_of = [limb_cloth(*truth) for truth in self.truths]
         return [
-            f"sample {number:05d}: how long its {limb}s are does not count: of cloth or skin next to nothing is to be seen, "
-            f"or their colours are within {JUST_NOTICEABLE} in CIELAB"
+            f"sample {number:05d}: how long its {limb}s are does not count: cloth and skin are within "
+            f"{JUST_NOTICEABLE} in CIELAB, or next to nothing of them is to be seen"
             for number, told in enumerate(limbs_of)
             for limb in self.limb_masks
             if limb not in told
