@@ -13,10 +13,18 @@ from tqdm import tqdm
 
 from common import processes
 from common.pictures import prepare_image
+from evaluation.attributes import told_attributes
 from evaluation.consistency import NEEDED, consistency, defects, sharpness
 from evaluation.data import EvaluationSet
 from evaluation.distances import set_distances
-from evaluation.extractors import Extractor, features_of, network_label, text_features_of
+from evaluation.extractors import (
+    CLIP_NAMES,
+    EMBEDDED_BASE,
+    Extractor,
+    features_of,
+    network_label,
+    text_features_of,
+)
 from evaluation.render_space import (
     clip_score,
     compare_renders,
@@ -32,7 +40,7 @@ from render.uv_space import uv_mask
 
 SHARES = ("follows.", "uv.defects.")  # measures whose values are hits
 NO_TRUTH = "needs true textures; give a data set with --data"
-NO_ATTRIBUTES = "attributes are only told on the procedural set"
+NO_ATTRIBUTES = f"attributes need {CLIP_NAMES['clip']} or another CLIP model: give --extractor clip, or its folder"
 
 Textures = Callable[[int], Tensor]  # the number of a sample → (3, size, size) in [0, 1], as written
 
@@ -123,7 +131,10 @@ def measure(
     measures.add("uv.sharpness", sharpness(observed.consistency["gradient_energy"], energies))
     for name, values in defects(observed.consistency, truth.consistency if truth else None).items():
         measures.add(f"uv.defects.{name}", values)
-    _add_attributes(measures, samples, textures)
+    if samples.attributes:
+        _add_attributes(measures, samples, textures)
+    else:
+        _add_told_attributes(measures, samples, extractors, observed)
     return measures
 
 
@@ -171,13 +182,31 @@ def _add_network(
 
 def _add_attributes(measures: Measures, samples: EvaluationSet, textures: Textures) -> None:
     """A texture's share of right answers to each kind of attribute, NaN where its prompt has none of the kind."""
-    if samples.attributes is None:
-        measures.figures["follows.attributes"] = NO_ATTRIBUTES
-        return
     by_sample = [samples.attributes(number, textures(number)) for number in range(len(samples))]
     for name in dict.fromkeys(name for shares in by_sample for name in shares):
         values = torch.tensor([shares.get(name, torch.nan) for shares in by_sample])
         measures.add(f"follows.{name}", values)
+
+
+def _add_told_attributes(
+    measures: Measures, samples: EvaluationSet, extractors: dict[str, Extractor | str], observed: Observed
+) -> None:
+    """The same by CLIP models, where nobody knows the truth of the texels. The embedded encoders do not count as one:
+    they know painted outfits on one body."""
+    asked = {name: extractor for name, extractor in extractors.items() if CLIP_NAMES.get(name, name) != EMBEDDED_BASE}
+    if not any(isinstance(extractor, str) or extractor.encode_texts for extractor in asked.values()):
+        measures.figures["follows.attributes"] = NO_ATTRIBUTES
+    for name, extractor in asked.items():
+        prefix = f"follows.attributes.{network_label(name if isinstance(extractor, str) else extractor.name)}"
+        if isinstance(extractor, str):
+            measures.figures[prefix] = extractor
+        elif extractor.encode_texts:
+            told = told_attributes(extractor, observed.features[extractor.name], samples.prompts)
+            if isinstance(told, str):
+                measures.figures[prefix] = told
+                continue
+            for kind, hits in told.items():
+                measures.add(f"{prefix}.{kind}", hits)
 
 
 def rolled(textures: Textures, count: int) -> Textures:

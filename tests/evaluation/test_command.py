@@ -213,7 +213,7 @@ def test_a_data_set_on_disk(run, quick, dataset_dir):
     assert status == 0, error
     summary = json.loads(printed.splitlines()[-1])
     assert summary["t2uv"]["texture"]["psnr"]["count"] == 3
-    assert "only told on the procedural set" in summary["t2uv"]["follows"]["attributes"]
+    assert "attributes need openai/clip-vit-large-patch14" in summary["t2uv"]["follows"]["attributes"]
 
 
 def test_a_picture_that_cannot_be_decoded_is_skipped_by_name(dataset_dir, make_config, monkeypatch):
