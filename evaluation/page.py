@@ -33,6 +33,8 @@ figcaption { font-size: 12px; color: #666 } img { display: block; width: 150px; 
 def page(results: dict, samples: EvaluationSet, measured: dict[str, Measures], made: dict[str, Callable]) -> str:
     """The HTML. made: a task's name → the number of a sample → its texture (3, size, size) in [0, 1]."""
     sections = [f"<p>{html.escape(heading(results))} Values with 95&nbsp;% intervals; N is the number of samples.</p>"]
+    warnings = results.get("warnings", [])
+    sections += [f'<p class="warning"><b>Warning:</b> {html.escape(warning)}.</p>' for warning in warnings]
     sections += [_table(results)]
     for task, textures in made.items():
         sections.append(
