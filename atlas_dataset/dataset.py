@@ -254,3 +254,11 @@ class ATLASLarge(Dataset):
         except UserError as error:
             verify = f"python -m atlas_dataset.build_atlas_large --verify --out {self.root}"
             raise UserError(f"{error}; '{verify}' names all such pictures") from None
+
+
+def data_set_source(root: str | Path) -> str | None:
+    """The fingerprint of the textures that build_atlas_large.py wrote a data set from; None where none is said."""
+    try:
+        return json.loads((Path(root) / INFO_FILE).read_text()).get("source")
+    except (OSError, ValueError, AttributeError):
+        return None

@@ -213,6 +213,7 @@ class Output(Section):
     keep_last: Positive | None = None  # checkpoints of a run; null: all
     sample_every: Positive = 500
     validate_every: Positive = 100
+    evaluate_every: Positive | None = None  # steps; makes and measures 8 validation textures: eval/; null: never
     sample_prompts: list[str] = []  # besides pictures of the data set, for the grid in TensorBoard
 
 

@@ -305,6 +305,21 @@ MEASURES: dict[str, Callable[[Body, Tensor], float]] = {
 }
 
 
+_ONE_BACKGROUND = "needs textures with one colour outside the islands; these are filled, or have several there"
+# Of each measure that may be NaN: what not one of the textures had.
+NEEDED = {
+    "seam_error": "needs a body with seams",
+    "seam_jump": "needs a body with seams",
+    "bleeding_background": f"{_ONE_BACKGROUND}, or are of that colour",
+    "bleeding_islands": f"needs {FEWEST_BORDER_TEXELS} texels on borders whose nearest island has another colour",
+    "fill": _ONE_BACKGROUND,
+    "mirror_difference": "needs a body whose left half mirrors its right",
+    "gradient_energy": "needs islands of two texels and more",
+    "noise": "needs islands of three by three texels and more",
+    "baked_light": "needs a body that covers texels",
+}
+
+
 def consistency(body: Body, textures: Iterable[Tensor]) -> dict[str, Tensor]:
     """Every measure of MEASURES: its name → a value a texture, (N,), NaN where it cannot be measured on that one.
 

@@ -83,6 +83,8 @@ def train(
             if run.validation and (is_last or global_step % output.validate_every == 0):
                 with log.paused(), run.averaged(), run.evaluating():
                     log.scalars(validation_losses(run), global_step)
+            if output.evaluate_every and (is_last or global_step % output.evaluate_every == 0):
+                evaluate(run, log, global_step)
             if is_last or is_stopping or global_step % output.save_every == 0:
                 checkpoint = save(run)
             if is_stopping and not is_last:
@@ -95,6 +97,19 @@ def train(
     log.close()
     processes.say(f"checkpoint: {checkpoint}")
     return checkpoint
+
+
+def evaluate(run: Run, log: RunLog, global_step: int) -> None:
+    """The small fixed evaluation of the weights to keep, into TensorBoard and onto the terminal, with its cost."""
+    from training.evaluating import evaluation_figures  # its libraries take seconds that other runs need not wait for
+
+    began = time.perf_counter()
+    with log.paused(), run.averaged(), run.evaluating():
+        figures = evaluation_figures(run)
+    log.scalars(figures, global_step)
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    seconds = time.perf_counter() - began
+    processes.say(f"\nstep {global_step}: {shown}; {seconds:.1f} s")
 
 
 def optimizer_step(

@@ -173,6 +173,8 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
     body = load_body(cfg.data.body)
     use_caches(cfg, base, dataset, precision, rebuild_cache)
     validation = dataset.hold_out(cfg.data.validation_textures) if cfg.data.validation_textures else None
+    if cfg.output.evaluate_every and not validation:
+        raise UserError("output.evaluate_every measures held-out textures; set data.validation_textures above 0")
     if len(dataset) < schedule.batch_size:
         raise UserError(f"training.{task}.batch_size is {schedule.batch_size} but the data set has {len(dataset)} rows")
     total_steps = schedule.max_steps or max(1, schedule.num_epochs * len(dataset) // schedule.effective_batch_size)
