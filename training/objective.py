@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from common import processes
+from lora_utils import without_lora
 from models.conditioning import drop_conditions, encode_images, encode_prompts
 from models.diffusion import autocast, encode_posterior, min_snr_weight, sample_posterior, training_target
 from training.run import Run
@@ -79,11 +80,15 @@ def forward_losses(
             null_states = encode_prompts(run.base, [""])
 
     noise, timesteps, encoder_hidden_states, losses = [], [], [], {}
+    latents_of_kinds = []
     for kind in kinds:
+        kind_latents = latents
         noise.append(draws.normal(latents.shape[1:]).to(latents))  # (B, 4, H/8, W/8)
         timesteps.append(draws.integers(num_train_timesteps).to(latents.device))  # (B,)
         states = text_states  # (B, L, D)
-        if kind != "text":
+        if kind == "prior":
+            states, kind_latents = run.prior.draw(draws.integers(len(run.prior)), latents)
+        elif kind != "text":
             with autocast(run.base.device, run.precision):
                 states = STATES_OF[kind](run, batch)  # (B, L, D)
             if schedule.gamma:
@@ -92,11 +97,15 @@ def forward_losses(
                 states = blend_rows(text_states.detach(), states, schedule.both_share, draws)
         is_dropped = draws.uniform() < schedule.condition_dropout  # (B,)
         encoder_hidden_states.append(drop_conditions(states, null_states, is_dropped))
+        latents_of_kinds.append(kind_latents)
 
     noise, timesteps = torch.cat(noise), torch.cat(timesteps)  # (K B, 4, H/8, W/8), (K B,)
     encoder_hidden_states = torch.cat(encoder_hidden_states)  # (K B, L, D)
-    latents = latents.repeat(len(kinds), 1, 1, 1)  # (K B, 4, H/8, W/8)
-    errors = denoising_errors(run, latents, noise, timesteps, encoder_hidden_states)  # (K B,)
+    latents = torch.cat(latents_of_kinds)  # (K B, 4, H/8, W/8)
+    is_base_target = torch.zeros(len(latents), dtype=torch.bool)
+    if "prior" in kinds and run.prior.latents is None:
+        is_base_target.view(len(kinds), -1)[kinds.index("prior")] = True
+    errors = denoising_errors(run, latents, noise, timesteps, encoder_hidden_states, is_base_target)  # (K B,)
     if min_snr_gamma := run.cfg.training.min_snr_gamma:
         errors = errors * min_snr_weight(noise_scheduler, timesteps, min_snr_gamma)
 
@@ -145,16 +154,30 @@ STATES_OF = {"text": prompt_states, "image": picture_states}
 
 
 def denoising_errors(
-    run: Run, latents: Tensor, noise: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor
+    run: Run,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    encoder_hidden_states: Tensor,
+    is_base_target: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared error of the UNet's prediction in each row, (B,), texels weighted by `run.texel_weight`."""
+    """Mean squared error of the UNet's prediction in each row, (B,), texels weighted by `run.texel_weight`.
+
+    is_base_target: (B,) bool, rows whose target is not the noise but what the UNet predicts without its LoRA.
+    """
     unet, noise_scheduler = run.base.unet, run.base.noise_scheduler
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps).to(unet.dtype)
     if run.cfg.model.channels_last:
         noisy_latents = noisy_latents.contiguous(memory_format=torch.channels_last)
+    encoder_hidden_states = encoder_hidden_states.to(unet.dtype)
     with autocast(run.base.device, run.precision):
-        noise_pred = unet(noisy_latents, timesteps, encoder_hidden_states.to(unet.dtype)).sample
+        noise_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
     target = training_target(noise_scheduler, latents, noise, timesteps)
+    if is_base_target is not None and is_base_target.any():
+        rows = is_base_target.nonzero()[:, 0].to(latents.device)
+        with torch.no_grad(), without_lora(unet), autocast(run.base.device, run.precision):
+            base_pred = unet(noisy_latents[rows], timesteps[rows], encoder_hidden_states[rows]).sample
+        target = target.index_copy(0, rows, base_pred.to(target.dtype))
     squared_error = (noise_pred.float() - target).square().mean(1)  # (B, H/8, W/8)
     if run.texel_weight is None:
         return squared_error.mean((1, 2))
