@@ -121,11 +121,11 @@ class Schedule(Section):
 
 
 class PersonalSchedule(Schedule):
-    """How personalise.py trains; alpha weighs loss/t2uv of the examples, beta loss/prior."""
+    """How personalise.py trains; alpha weighs loss/t2uv and loss/edit of the examples, beta loss/prior."""
 
     schedule: Literal["alternate", "paired"] = "paired"
-    batch_size: Positive = 4
-    effective_batch_size: Positive = 4
+    batch_size: Positive = 3
+    effective_batch_size: Positive = 3
     max_steps: Positive | None = 400  # at most: the run stops by itself
     learning_rate: Annotated[Number, Field(gt=0)] = 1e-3
     word_learning_rate: Annotated[Number, Field(gt=0)] = 5e-3  # of the new word's embedding
@@ -246,6 +246,7 @@ class Personal(Section):
     word: str = "sks"  # new, for the prompts
     class_prompt: str = "a person"  # what the word is one of
     class_images: str | None = None  # textures of the class to keep; null: what the checkpoint itself predicts
+    region: str | None = None  # of the body, which alone is learned, as a garment's; null: all, and to be edited
     r: Positive = 4
     alpha: Annotated[Number, Field(gt=0)] = 4
     measure_every: Positive = 20  # steps

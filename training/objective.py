@@ -57,6 +57,8 @@ def batch_losses(run: Run, batch: dict, draws: RowDraws) -> Iterator[dict[str, T
     through the UNet at once.
     """
     base, schedule, conditions = run.base, run.schedule, CONDITIONS[run.task]
+    if run.lessons:
+        conditions = run.lessons.kinds(conditions)
     needs_text = "text" in conditions or schedule.gamma or schedule.both_share
     with autocast(base.device, run.precision):
         mean, std = posterior(run, batch)  # (B, 4, H/8, W/8) each
@@ -80,14 +82,15 @@ def forward_losses(
             null_states = encode_prompts(run.base, [""])
 
     noise, timesteps, encoder_hidden_states, losses = [], [], [], {}
-    latents_of_kinds = []
+    rows_of_kinds = []  # of the task "personal"
     for kind in kinds:
-        kind_latents = latents
         noise.append(draws.normal(latents.shape[1:]).to(latents))  # (B, 4, H/8, W/8)
         timesteps.append(draws.integers(num_train_timesteps).to(latents.device))  # (B,)
         states = text_states  # (B, L, D)
-        if kind == "prior":
-            states, kind_latents = run.prior.draw(draws.integers(len(run.prior)), latents)
+        if run.lessons:
+            with autocast(run.base.device, run.precision):
+                rows_of_kinds.append(run.lessons.rows(kind, text_states, latents, draws))
+            states = rows_of_kinds[-1].states
         elif kind != "text":
             with autocast(run.base.device, run.precision):
                 states = STATES_OF[kind](run, batch)  # (B, L, D)
@@ -97,15 +100,17 @@ def forward_losses(
                 states = blend_rows(text_states.detach(), states, schedule.both_share, draws)
         is_dropped = draws.uniform() < schedule.condition_dropout  # (B,)
         encoder_hidden_states.append(drop_conditions(states, null_states, is_dropped))
-        latents_of_kinds.append(kind_latents)
 
     noise, timesteps = torch.cat(noise), torch.cat(timesteps)  # (K B, 4, H/8, W/8), (K B,)
     encoder_hidden_states = torch.cat(encoder_hidden_states)  # (K B, L, D)
-    latents = torch.cat(latents_of_kinds)  # (K B, 4, H/8, W/8)
-    is_base_target = torch.zeros(len(latents), dtype=torch.bool)
-    if "prior" in kinds and run.prior.latents is None:
-        is_base_target.view(len(kinds), -1)[kinds.index("prior")] = True
-    errors = denoising_errors(run, latents, noise, timesteps, encoder_hidden_states, is_base_target)  # (K B,)
+    teacher = None
+    if run.lessons:
+        latents = torch.cat([rows.latents for rows in rows_of_kinds])  # (K B, 4, H/8, W/8)
+        teacher_states = torch.cat([rows.teacher_states for rows in rows_of_kinds])  # (K B, L, D)
+        teacher = teacher_states, torch.cat([rows.share for rows in rows_of_kinds])
+    else:
+        latents = latents.repeat(len(kinds), 1, 1, 1)  # (K B, 4, H/8, W/8)
+    errors = denoising_errors(run, latents, noise, timesteps, encoder_hidden_states, teacher)  # (K B,)
     if min_snr_gamma := run.cfg.training.min_snr_gamma:
         errors = errors * min_snr_weight(noise_scheduler, timesteps, min_snr_gamma)
 
@@ -159,11 +164,12 @@ def denoising_errors(
     noise: Tensor,
     timesteps: Tensor,
     encoder_hidden_states: Tensor,
-    is_base_target: Tensor | None = None,
+    teacher: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Mean squared error of the UNet's prediction in each row, (B,), texels weighted by `run.texel_weight`.
 
-    is_base_target: (B,) bool, rows whose target is not the noise but what the UNet predicts without its LoRA.
+    teacher: states (B, L, D) and a share (B, 1, H/8, W/8) of the target that is not the noise's but what the UNet
+    predicts for them without its LoRA.
     """
     unet, noise_scheduler = run.base.unet, run.base.noise_scheduler
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps).to(unet.dtype)
@@ -173,11 +179,13 @@ def denoising_errors(
     with autocast(run.base.device, run.precision):
         noise_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
     target = training_target(noise_scheduler, latents, noise, timesteps)
-    if is_base_target is not None and is_base_target.any():
-        rows = is_base_target.nonzero()[:, 0].to(latents.device)
+    if teacher is not None:
+        states, share = teacher
+        taught = (share > 0).flatten(1).any(1).nonzero()[:, 0]  # numbers of rows
         with torch.no_grad(), without_lora(unet), autocast(run.base.device, run.precision):
-            base_pred = unet(noisy_latents[rows], timesteps[rows], encoder_hidden_states[rows]).sample
-        target = target.index_copy(0, rows, base_pred.to(target.dtype))
+            base_pred = unet(noisy_latents[taught], timesteps[taught], states[taught].to(unet.dtype)).sample
+        blended = torch.lerp(target[taught], base_pred.to(target.dtype), share[taught].to(target.dtype))
+        target = target.index_copy(0, taught, blended)
     squared_error = (noise_pred.float() - target).square().mean(1)  # (B, H/8, W/8)
     if run.texel_weight is None:
         return squared_error.mean((1, 2))

@@ -6,6 +6,7 @@ score: the step with the highest is kept, and where it rises no more, training e
 """
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,15 +14,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torch.nn import functional as F
 
 from atlas_dataset.building import build_dataset
 from atlas_dataset.dataset import ATLASLarge
 from atlas_dataset.examples import Examples
 from common import processes
+from common.errors import UserError
 from common.files import write_whole
 from common.pictures import encode_image
 from config.configuration import Config, LoRA
-from embedded.grammar import COLOURS, TOPS, sample_outfit
+from embedded.grammar import BOTTOMS, COLOURS, HAIR, TOPS, sample_outfit
 from lora_utils import add_lora, bake_lora
 from models.adapters import Adapter, add_word, noun_vector
 from models.base import BaseModel
@@ -32,10 +35,11 @@ from models.generation import generate, prompt_condition, templated
 from models.lora_files import load_lora
 from render.bodies import Body
 from render.cameras import orbit_cameras
+from render.regions import region_mask
 from render.shading import render_views
 
 MEASURES_FILE = "measures.json"
-PRIOR_PROMPTS = 32
+PRIOR_PROMPTS, EDITS = 32, 36
 VIEWS, VIEW_SIZE = (0.0, 90.0, 180.0, 270.0), 64  # azimuths, pixels: what the measures look at
 FIRST_SEED = 1_000  # of the measures
 CURVE_SIZE, MARGIN = (640, 400), 40  # of the picture of the curve, in pixels
@@ -68,41 +72,110 @@ def build_examples(cfg: Config, folder: str, size: int) -> Path:
 
 
 @dataclass
-class Prior:
-    """Prompts that the adapter is to leave alone: states (K, L, D); latents (K, 4, h, w) of textures that show them,
-    or None where the base itself says what is to be kept, on the noisy examples."""
+class Edit:
+    """One thing that is told of the word besides: the prompt with the word; states (L, D) of the same with the class,
+    of which the base says what it looks like; and share (h, w), 1 where that is to be seen."""
+
+    prompt: str
+    class_states: Tensor
+    share: Tensor
+
+
+@dataclass
+class KindRows:
+    """What rows of one kind are trained on: states (B, L, D), and latents (B, 4, h, w) whose noise is the target, but
+    for a share (B, 1, h, w) of it where the base's own prediction for teacher_states (B, L, D) is."""
 
     states: Tensor
-    latents: Tensor | None = None
+    latents: Tensor
+    teacher_states: Tensor
+    share: Tensor
 
-    def __len__(self) -> int:
-        return len(self.states)
 
-    def draw(self, numbers: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """states (B, L, D) and latents (B, 4, h, w) of the chosen numbers (B,); latents: of the examples."""
-        return self.states[numbers], latents if self.latents is None else self.latents[numbers]
+@dataclass
+class Lessons:
+    """What a personal run learns besides its examples.
+
+    prior_states: (K, L, D) of prompts that are to stay what they are; prior_latents: (K, 4, h, w) of textures that show
+    them, or None where the base itself says so, on the noisy examples. edits: parts of the word that other words may
+    change. class_states: (1, L, D). outside: (h, w), 1 where the examples do not count, or None.
+    """
+
+    base: BaseModel
+    prior_states: Tensor
+    prior_latents: Tensor | None
+    edits: list[Edit]
+    class_states: Tensor
+    outside: Tensor | None
+
+    def kinds(self, conditions: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(kind for kind in conditions if kind != "edit" or self.edits)
+
+    def rows(self, kind: str, text_states: Tensor, latents: Tensor, draws) -> KindRows:
+        """text_states (B, L, D), latents (B, 4, h, w): of the examples' rows. draws: `objective.RowDraws`."""
+        share = latents.new_zeros(len(latents), 1, *latents.shape[2:])
+        if kind == "text":
+            outside = share if self.outside is None else share + self.outside
+            return KindRows(text_states, latents, self.class_states.expand_as(text_states), outside)
+        if kind == "edit":
+            edits = [self.edits[number] for number in draws.integers(len(self.edits))]
+            states = encode_prompts(self.base, [edit.prompt for edit in edits])
+            teacher_states = torch.stack([edit.class_states for edit in edits])
+            return KindRows(states, latents, teacher_states, torch.stack([edit.share for edit in edits])[:, None])
+        numbers = draws.integers(len(self.prior_states))
+        states = self.prior_states[numbers]
+        if self.prior_latents is None:
+            return KindRows(states, latents, states, share + 1)
+        return KindRows(states, self.prior_latents[numbers], states, share)
 
 
 def prior_prompts(class_prompt: str) -> list[str]:
     """The class by itself, dressed in words, everyone else, and nothing (which guidance takes for its other end)."""
     rng = np.random.default_rng(0)
-    dressed = [f"{class_prompt} in a {rng.choice(list(COLOURS))} {rng.choice(TOPS)}" for _ in range(PRIOR_PROMPTS // 4)]
+    dressed = [f"{class_prompt}{words}" for _, words in edit_words(rng, PRIOR_PROMPTS // 4)]
     others = [sample_outfit(rng).prompt for _ in range(PRIOR_PROMPTS // 4)]
     alone = [class_prompt] * (PRIOR_PROMPTS - len(dressed) - len(others) - 2)
     return [*alone, *dressed, *others, "", ""]
 
 
+def edit_words(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
+    """Regions of the body, each with words for another look of it that follow a name."""
+    words = []
+    for number in range(count):
+        region, forms = [("top", (" in a {}", ", {}")), ("bottom", (" in {}", ", {}")), ("hair", (" with {}", ", {}"))][
+            number % 3
+        ]
+        nouns, colours = {"top": (TOPS, COLOURS), "bottom": (BOTTOMS, COLOURS), "hair": (("hair",), HAIR)}[region]
+        look = f"{rng.choice(list(colours))} {rng.choice(nouns)}"
+        words.append((region, forms[number // 3 % 2].format(look)))
+    return words
+
+
 @torch.no_grad()
-def make_prior(cfg: Config, base: BaseModel, resolution: int) -> Prior:
-    """The prior of a run: class images where they are given, or else what the base predicts."""
-    trained = TrainedModel(base, None, cfg)
-    if cfg.personal.class_images is None:
-        prompts = prior_prompts(cfg.personal.class_prompt)
-        return Prior(encode_prompts(base, [prompt and templated(trained, prompt) for prompt in prompts]))
-    rows = ATLASLarge(build_examples(cfg, cfg.personal.class_images, resolution), False, resolution)
-    states = encode_prompts(base, [templated(trained, prompt) for prompt in rows.prompts])
-    means = [encode_posterior(base.vae, rows.texture(row)[None].to(base.device))[0] for row in range(len(rows))]
-    return Prior(states, torch.cat(means) * base.vae.config.scaling_factor)
+def make_lessons(cfg: Config, base: BaseModel, body: Body, resolution: int) -> Lessons:
+    """What a run learns besides: of class images where they are given, or else of the base."""
+    trained, personal = TrainedModel(base, None, cfg), cfg.personal
+
+    def states_of(prompts: list[str]) -> Tensor:  # the empty prompt stands for no prompt, and has no template
+        return encode_prompts(base, [prompt and templated(trained, prompt) for prompt in prompts])
+
+    def in_latents(region: str) -> Tensor:
+        share = region_mask(body, region, resolution)[None, None]
+        return F.avg_pool2d(share, base.vae_scale)[0, 0].to(base.device)
+
+    prompts, latents = prior_prompts(personal.class_prompt), None
+    if personal.class_images is not None:
+        rows = ATLASLarge(build_examples(cfg, personal.class_images, resolution), False, resolution)
+        means = [encode_posterior(base.vae, rows.texture(row)[None].to(base.device))[0] for row in range(len(rows))]
+        prompts, latents = rows.prompts, torch.cat(means) * base.vae.config.scaling_factor
+    outside, edits = None if personal.region is None else 1 - in_latents(personal.region), []
+    if personal.region is None:
+        for region, words in edit_words(np.random.default_rng(1), EDITS):
+            with suppress(UserError):  # a body without that region, or on which none are known
+                class_states = states_of([personal.class_prompt + words])[0]
+                edits.append(Edit(templated(trained, personal.word + words), class_states, in_latents(region)))
+    class_states = states_of([personal.class_prompt])
+    return Lessons(base, states_of(prompts), latents, edits, class_states, outside)
 
 
 @dataclass

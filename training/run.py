@@ -28,7 +28,7 @@ from render.rigs import load_body
 from render.uv_space import uv_mask
 from training.caching import use_caches
 from training.launcher import check_launch, launched_device, launched_precision
-from training.personal import Prior, Watch, add_personal, build_examples, make_prior, make_watch
+from training.personal import Lessons, Watch, add_personal, build_examples, make_lessons, make_watch
 from training.tasks import CONDITIONS
 
 # Optimisers from packages that are not required: module, class.
@@ -61,7 +61,7 @@ class Run:
     total_steps: int
     texel_weight: Tensor | None  # (h, w) of the latents, in the loss; None: all alike
     null_states: Tensor | None  # (1, L, D) of the empty prompt; None: it is being trained
-    prior: Prior | None = None  # of the task "personal", as is the next
+    lessons: Lessons | None = None  # of the task "personal", as is the next
     watch: Watch | None = None
     global_step: int = 0
     skipped: int = 0  # steps in a row whose gradient was not finite
@@ -183,10 +183,11 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
     lr_scheduler = make_lr_scheduler(optimizer, schedule, total_steps)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     ema = EMAModel(parameters, decay=settings.ema_decay) if settings.ema_decay else None
-    prior = watch = None
+    lessons = watch = None
     if task == "personal":
         with autocast(device, precision):
-            prior, watch = make_prior(cfg, base, dataset.resolution), make_watch(cfg, base, body, dataset)
+            lessons = make_lessons(cfg, base, body, dataset.resolution)
+            watch = make_watch(cfg, base, body, dataset)
     return Run(
         cfg=cfg,
         task=task,
@@ -204,7 +205,7 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
         total_steps=total_steps,
         texel_weight=_texel_weight(settings.outside_weight, body, dataset.resolution, base),
         null_states=null_states,
-        prior=prior,
+        lessons=lessons,
         watch=watch,
     )
 

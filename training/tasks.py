@@ -6,7 +6,8 @@ condition also needs its lines below, its states in training/objective.py `STATE
 training/run.py `_add_trained`, a column of the data set and a line in training/monitoring.py `sample_grid`.
 """
 
-CONDITIONS = {"t2uv": ("text",), "i2uv": ("image",), "joint": ("text", "image"), "personal": ("text", "prior")}
-LOSS_NAME = {"text": "t2uv", "image": "i2uv", "prior": "prior"}  # of a condition, in logs: loss/t2uv, val/i2uv
+CONDITIONS = {"t2uv": ("text",), "i2uv": ("image",), "joint": ("text", "image"), "personal": ("text", "edit", "prior")}
+# Of a condition, in logs: loss/t2uv, val/i2uv.
+LOSS_NAME = {"text": "t2uv", "image": "i2uv", "edit": "edit", "prior": "prior"}
 # Keys of a task's section, where it has several conditions.
-LOSS_WEIGHT = {"text": "alpha", "image": "beta", "prior": "beta"}
+LOSS_WEIGHT = {"text": "alpha", "image": "beta", "edit": "alpha", "prior": "beta"}
