@@ -197,24 +197,32 @@ class Watch:
     body: Body
     examples: Tensor  # (N, 3, R, R) in [0, 1]
     prompts: list[str]  # of each
+    region: Tensor | None = None  # (R, R), 1 where the examples count; None: everywhere
     measures: list[Measure] = field(default_factory=list)
 
     @torch.no_grad()
     def __post_init__(self):
         """The base must be as it is without the adapter, which a new one is."""
         personal = self.trained.cfg.personal
-        self.example_looks = [self.looks(example[None]) for example in self.examples]  # (1, V, 3, S, S) each
+        self.example_looks = self.looks(self.examples)  # (N, V, 3, S, S)
         self.base_looks = self.looks(self.textures([personal.class_prompt]))  # (seeds, V, 3, S, S)
         pairs = [(a, b) for a in range(len(self.base_looks)) for b in range(a)]
         spread = [distance(self.base_looks[a], self.base_looks[b]) for a, b in pairs]
         self.spread = sum(spread) / len(spread) if spread else 1.0
         self.base_distance = []  # of each example to what the base makes of its prompt with the class for the word
-        looks_of_prompts = {}
-        for prompt, example in zip(self.prompts, self.example_looks):
+        textures_of_prompts = {}
+        for number, prompt in enumerate(self.prompts):
             prompt = prompt.replace(personal.word, personal.class_prompt)
-            if prompt not in looks_of_prompts:
-                looks_of_prompts[prompt] = self.looks(self.textures([prompt]))
-            self.base_distance.append(mean_distance(looks_of_prompts[prompt], example))
+            if prompt not in textures_of_prompts:
+                textures_of_prompts[prompt] = self.textures([prompt])
+            self.base_distance.append(self.distance_to(number, textures_of_prompts[prompt]))
+
+    def distance_to(self, number: int, textures: Tensor) -> float:
+        """Mean distance of textures (B, 3, R, R) to an example, where the examples count."""
+        if self.region is not None:
+            textures = torch.lerp(self.examples[number].expand_as(textures), textures, self.region)
+        looks = self.looks(textures)
+        return sum(distance(views, self.example_looks[number]) for views in looks) / len(looks)
 
     def textures(self, prompts: list[str]) -> Tensor:
         """Textures (prompts x seeds, 3, R, R) in [0, 1], from seeds that are the same at every measure."""
@@ -239,10 +247,9 @@ class Watch:
         held out (`ATLASLarge.hold_out_in_turn`)."""
         personal = self.trained.cfg.personal
         example = ((step - 1) // personal.measure_every) % len(self.examples)
-        looks = self.looks(self.textures([self.prompts[example], personal.class_prompt]))
-        named, of_class = looks.chunk(2)
-        near = mean_distance(named, self.example_looks[example]) / self.base_distance[example]
-        moved = sum(map(distance, of_class, self.base_looks)) / len(of_class) / self.spread
+        named, of_class = self.textures([self.prompts[example], personal.class_prompt]).chunk(2)
+        near = self.distance_to(example, named) / self.base_distance[example]
+        moved = sum(map(distance, self.looks(of_class), self.base_looks)) / len(of_class) / self.spread
         measure = Measure(step, 1 - near, 1 - moved)
         self.measures.append(measure)
         return measure
@@ -283,18 +290,14 @@ class Watch:
 def make_watch(cfg: Config, base: BaseModel, body: Body, dataset: ATLASLarge) -> Watch:
     """The watch of a run whose data set are the examples."""
     examples = torch.stack([(dataset.texture(row) + 1) / 2 for row in range(len(dataset.prompts))])
-    return Watch(TrainedModel(base, None, cfg), body, examples, dataset.prompts)
+    region = cfg.personal.region and region_mask(body, cfg.personal.region, dataset.resolution)
+    return Watch(TrainedModel(base, None, cfg), body, examples, dataset.prompts, region)
 
 
 def distance(a: Tensor, b: Tensor) -> float:
     """Root of the mean square of what two sets of views (V, 3, S, S) differ by, where either shows more than white."""
     shown = (torch.minimum(a, b) < 1).any(1, keepdim=True).expand_as(a)
     return float((a - b)[shown].square().mean().sqrt())
-
-
-def mean_distance(looks: Tensor, example: Tensor) -> float:
-    """looks: (B, V, 3, S, S), example: (1, V, 3, S, S)"""
-    return sum(distance(views, example[0]) for views in looks) / len(looks)
 
 
 def draw_curve(measures: list[Measure], best_step: int) -> Image.Image:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from atlas_dataset.examples import LAYOUT_SIDE
 from common import processes
 from common.errors import UserError, reason
 from common.files import check_writable, content_hash, write_whole
@@ -104,7 +105,7 @@ def textures_of_pictures(cfg: Config, folder: Path) -> Path:
     files = picture_files(source)
     pipeline = TexturePipeline.from_pretrained(cfg.personal.checkpoint, overrides=[])
     check_takes_pictures(pipeline.trained)
-    size = pipeline.trained.base.native_resolution
+    size = max(pipeline.trained.base.native_resolution, LAYOUT_SIDE)  # at less its layout could not be told
     for file in files:
         (texture,) = pipeline(images=[open_image(file)], size=size)
         write_whole(folder / f"{file.stem}.png", encode_image(texture, format="PNG"))

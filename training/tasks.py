@@ -1,5 +1,8 @@
 """The tasks, as data: what each conditions the UNet on.
 
+Of "personal", all three are prompts: of the examples, of the examples with one thing changed, and of what is to stay as
+it is (training/personal.py `Lessons`).
+
 A further task on these conditions is a line in CONDITIONS, its section beside the others in config/configuration.py
 `Training`, and a command such as t2uv.py, named in tests/test_house.py and tests/test_commands.py. A new kind of
 condition also needs its lines below, its states in training/objective.py `STATES_OF`, what makes them in

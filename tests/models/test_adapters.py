@@ -191,7 +191,10 @@ def test_a_weight_is_told_from_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a:0.5").mkdir()
     assert parse_adapter("b:0.5") == (parse_adapter("b")[0], 0.5)
-    assert parse_adapter("a:0.5")[1] == 1 and parse_adapter("C:\\adapters\\sks") == (parse_adapter("C:\\adapters\\sks")[0], 1)
+    assert parse_adapter("a:0.5")[1] == 1 and parse_adapter("C:\\adapters\\sks") == (
+        parse_adapter("C:\\adapters\\sks")[0],
+        1,
+    )
 
 
 def test_names(base):
