@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,7 +191,7 @@ def test_refusals_are_one_line(arguments, message, checkpoint, make_adapter, tmp
 def test_a_weight_is_told_from_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a:0.5").mkdir()
-    assert parse_adapter("b:0.5") == (parse_adapter("b")[0], 0.5)
+    assert parse_adapter("b:0.5") == (Path("b"), 0.5) and parse_adapter("b") == (Path("b"), 1)
     assert parse_adapter("a:0.5")[1] == 1 and parse_adapter("C:\\adapters\\sks") == (
         parse_adapter("C:\\adapters\\sks")[0],
         1,
