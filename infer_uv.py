@@ -32,9 +32,10 @@ from common.pictures import encode_image, open_image, picture_files
 from common.progress import progress
 from common.text import read_lines
 from config.configuration import DEFAULT_CONFIG, dotted_overrides
+from models.adapters import parse_adapter, weights_hash
 from models.diffusion import SAMPLERS
 from models.generation import check_takes_pictures, prompt_length
-from models.pipeline import TexturePipeline, read_mask, weights_hash
+from models.pipeline import TexturePipeline, read_mask
 from models.settings import (
     MASKED_STRENGTH,
     GenerationSettings,
@@ -52,10 +53,12 @@ from render.uv_space import texture_pixels
 EXPORTS = (*(suffix[1:] for suffix in SUFFIXES), "gif", "mp4", "sheet")
 MANIFEST = "manifest.jsonl"
 LONGEST_NAME = 60  # bytes of a prompt or a picture's name in a file's name
-HASHED = {"weights": "checkpoint", "pictures": "images", "edited": "init_texture"}  # a hash, and what names its files
+# A hash, and what names its files.
+HASHED = {"weights": "checkpoint", "pictures": "images", "edited": "init_texture", "adapter_weights": "adapter"}
 ASKED = ("num_inference_steps", "sampler", "guidance_scale", "text_guidance", "image_guidance", "negative_prompt",
          "img_weight", "eta", "strength", "size", "seam_fix")  # fmt: skip
-REPEATED = ("prompt", "seed", "init_texture", "mask", "checkpoint", "lora", "aligner", "config")  # of --settings
+# Of --settings.
+REPEATED = ("prompt", "seed", "init_texture", "mask", "checkpoint", "lora", "aligner", "adapter", "config")
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,12 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     model.add_argument("--checkpoint", help="of any known layout (default: your newest one, or the embedded one)")
     model.add_argument("--lora", help="instead of --checkpoint: a LoRA file or a PEFT folder, with --config")
     model.add_argument("--aligner", help="with --lora: the aligner's .safetensors or .pth file")
+    model.add_argument(
+        "--adapter",
+        action="append",
+        metavar="DIR[:weight]",
+        help="of personalise.py; several times for several",
+    )
     model.add_argument("--config", help=f"names the base of weights that do not say theirs (default: {DEFAULT_CONFIG})")
     sampling = parser.add_argument_group("sampling (default: as the checkpoint says)")
     sampling.add_argument("--steps", type=int, dest="num_inference_steps", help="denoising steps")
@@ -176,7 +185,7 @@ def fill_from_settings(args: argparse.Namespace) -> dict:
     earlier = read_settings(args.settings) if args.settings else {}
     if earlier:
         if args.lora or args.checkpoint:  # another model: its own files alone
-            earlier |= dict.fromkeys(("checkpoint", "lora", "aligner"))
+            earlier |= dict.fromkeys(("checkpoint", "lora", "aligner", "adapter"))
         for name in REPEATED:
             if getattr(args, name) is None:
                 setattr(args, name, earlier.get(name))
@@ -230,7 +239,9 @@ def load_pipeline(args: argparse.Namespace, overrides: list[str]) -> TexturePipe
     if processes.world_size() > 1 and torch.cuda.is_available():
         overrides = [*overrides, f"training.device=cuda:{processes.local_rank()}"]
     config = args.config or DEFAULT_CONFIG
-    pipeline = TexturePipeline.from_pretrained(args.checkpoint, config, overrides, args.lora, args.aligner)
+    pipeline = TexturePipeline.from_pretrained(
+        args.checkpoint, config, overrides, args.lora, args.aligner, args.adapter or ()
+    )
     if args.images or args.image:
         check_takes_pictures(pipeline.trained)
     if args.exports:
@@ -260,6 +271,8 @@ def shared_description(args: argparse.Namespace, overrides: list[str], settings:
         "weights": weights_hash(args.lora or pipeline.origin),
         "lora": args.lora,
         "aligner": args.aligner,
+        "adapter": args.adapter,
+        "adapter_weights": adapters_hash(args.adapter),
         "config": args.config,
         "overrides": overrides,
         "body": pipeline.body_spec,
@@ -270,10 +283,15 @@ def shared_description(args: argparse.Namespace, overrides: list[str], settings:
 def check_is_the_same(earlier: dict, description: dict) -> None:
     """Raises UserError where a texture that is to be repeated would come from other weights or pictures unseen."""
     for name, source in HASHED.items():
-        if description[source] == earlier[source] and description[name] != earlier[name]:
+        if description[source] == earlier.get(source) and description[name] != earlier.get(name):
             raise UserError(f"{description[source]} is no longer what the texture of --settings was made from: it "
                             f"cannot be repeated; give --{source.removesuffix('s').replace('_', '-')} by hand to make "
                             "another one")  # fmt: skip
+
+
+def adapters_hash(adapters: list[str] | None) -> str | None:
+    """Of the weights of --adapter; None without one, as in files of versions that knew none."""
+    return adapters and content_hash(*(weights_hash(parse_adapter(text)[0]) for text in adapters))
 
 
 def files_hash(paths: Sequence[str]) -> str:

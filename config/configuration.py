@@ -120,6 +120,20 @@ class Schedule(Section):
         return self
 
 
+class PersonalSchedule(Schedule):
+    """How personalise.py trains; alpha weighs loss/t2uv and loss/edit of the examples, beta loss/prior."""
+
+    schedule: Literal["alternate", "paired"] = "paired"
+    batch_size: Positive = 3
+    effective_batch_size: Positive = 3
+    max_steps: Positive | None = 400  # at most: the run stops by itself
+    learning_rate: Annotated[Number, Field(gt=0)] = 1e-3
+    word_learning_rate: Annotated[Number, Field(gt=0)] = 5e-3  # of the new word's embedding
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 10
+    condition_dropout: Share = 0.0  # the empty prompt is one of the prior's: it must not learn the person
+
+
 class Training(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "auto"  # auto: CUDA where there is one
@@ -133,6 +147,7 @@ class Training(Section):
     joint: Schedule = Schedule()
     t2uv: Schedule = Schedule()
     i2uv: Schedule = Schedule()
+    personal: PersonalSchedule = PersonalSchedule()
 
     @model_validator(mode="before")
     @classmethod
@@ -225,9 +240,28 @@ class Inference(Section):
     negative_prompt: str = ""
 
 
+class Personal(Section):
+    """What personalise.py trains: a small LoRA of its own and a new word, on top of a checkpoint."""
+
+    checkpoint: str | None = None  # on whose top; null: this is no personal run
+    weights: str | None = None  # hash of that checkpoint's weights
+    word: str = "sks"  # new, for the prompts
+    class_prompt: str = "a person"  # what the word is one of
+    class_images: str | None = None  # textures of the class to keep; null: what the checkpoint itself predicts
+    region: str | None = None  # of the body, which alone is learned, as a garment's; null: all, and to be edited
+    r: Positive = 4
+    alpha: Annotated[Number, Field(gt=0)] = 4
+    measure_every: Positive = 20  # steps
+    patience: Positive | None = 5  # measures without a better one before it stops; null: never
+    keep_best: bool = True  # false: the last step
+    seeds: Positive = 3  # textures of the word and of the class at each measure
+    num_inference_steps: Positive = 10  # of those
+
+
 class Config(Section):
     model: Model = Model()
     training: Training = Training()
+    personal: Personal = Personal()
     data: Data = Data()
     output: Output = Output()
     inference: Inference = Inference()

@@ -17,12 +17,12 @@ from common.progress import progress
 from evaluation.data import EvaluationSet
 from evaluation.procedural import ROWS_AT_ONCE, SEED, blend_name, blends
 from evaluation.sentences import SENTENCES
+from models.adapters import weights_hash
 from models.base import resolve_source
 from models.checkpoints import TrainedModel
 from models.conditioning import same_length
 from models.diffusion import autocast, resolve_precision
 from models.generation import condition, generate, prompt_length
-from models.pipeline import weights_hash
 from models.settings import encode_described, read_description
 
 

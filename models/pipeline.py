@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.errors import UserError
-from common.files import content_hash
 from common.pictures import open_image, pixels_from_image
 from config.configuration import DEFAULT_CONFIG, load_config
 from lora_utils import merge_lora
+from models.adapters import load_adapters, parse_adapter, weights_hash
 from models.checkpoints import TrainedModel, load_trained, newest_checkpoint
 from models.conditioning import blend, same_length
 from models.diffusion import autocast, encode_posterior, resolve_precision
@@ -29,8 +29,6 @@ from models.settings import MASKED_STRENGTH, GenerationSettings
 from render.regions import BODY_REGIONS, region_mask
 from render.rigs import load_body
 from render.uv_space import body_pixels
-
-LARGEST_HASHED = 1 << 30  # bytes
 
 
 class TexturePipeline:
@@ -51,18 +49,25 @@ class TexturePipeline:
         overrides: Sequence[str] = (),
         lora: str | Path | None = None,
         aligner: str | Path | None = None,
+        adapters: Sequence[str] = (),
     ) -> "TexturePipeline":
         """A checkpoint of any layout that interchange.py knows; None is the newest of your own, or the embedded one.
 
         config, overrides: name the base for weights that do not say theirs. lora, aligner: two files instead of a
-        checkpoint. Raises UserError for what cannot be loaded.
+        checkpoint. adapters: personal ones on its top, DIR or DIR:weight each. Raises UserError for what cannot be
+        loaded.
         """
         overrides = list(overrides)
         cfg = load_config(config, overrides)
         if lora:
-            return cls(load_trained(cfg, Path(lora), Path(aligner) if aligner else None), str(lora))
-        folder = Path(checkpoint) if checkpoint else newest_checkpoint(cfg.output.out_dir)
-        return cls(load_any(folder, cfg, overrides), str(folder))
+            origin = Path(lora)
+            trained = load_trained(cfg, origin, Path(aligner) if aligner else None)
+        else:
+            origin = Path(checkpoint) if checkpoint else newest_checkpoint(cfg.output.out_dir)
+            trained = load_any(origin, cfg, overrides)
+        if adapters:
+            load_adapters(trained.base, [parse_adapter(adapter) for adapter in adapters], weights_hash(origin))
+        return cls(trained, str(origin))
 
     @torch.no_grad()
     def __call__(
@@ -184,13 +189,3 @@ class TexturePipeline:
 def read_mask(mask: str | None) -> str | Image.Image | None:
     """What --mask names: a region stays a name, anything else is a picture's file."""
     return mask if mask is None or mask in BODY_REGIONS else open_image(mask)
-
-
-def weights_hash(checkpoint: str | Path) -> str:
-    """A short hash of the weights in a checkpoint's folder, or in one file; of large ones, of their sizes."""
-    path = Path(checkpoint)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    weights = [file for file in files if file.suffix in (".safetensors", ".bin", ".pth")]
-    sizes = {file: file.stat().st_size for file in weights}
-    small = [file.read_bytes() for file in weights if sizes[file] < LARGEST_HASHED]
-    return content_hash(str([*sizes.values()]).encode(), *small)[:16]
