@@ -41,9 +41,9 @@ Trained from nothing by `python -m embedded.pretrain` on {renders} captioned pic
 procedurally dressed bodies (Anny), the rest textures of such bodies in {layouts} UV layouts that are not Anny's own
 (captions end with ", uv 0" to ", uv 11"); for the image encoder on {outfits} further outfits in {views} poses each; for
 the autoencoder on patchworks of fabric and on painted noise, strokes, letters and blobs too. It never saw a texture in
-the layout that joint training teaches. The text encoder learned to tell from captions, in many words and forms, what the
-outfits are; the image encoder to tell it from pictures, where each region is and which colour it has, and to find the
-caption. It is no use for anything but this project's demonstration and tests.
+the layout that joint training teaches. The text encoder learned to tell from captions, in many words and forms, what
+the outfits are; the image encoder to tell it from pictures, where each region is and which colour it has, and to find
+the caption. It is no use for anything but this project's demonstration and tests.
 
 | stage | steps | seconds ({device}, {precision}) | first loss | last loss |
 | --- | --- | --- | --- | --- |
