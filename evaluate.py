@@ -16,7 +16,8 @@ median (CIELAB) is the prompt's. Patterns are told apart by a linear classifier 
 legs are long where elbows and shins look more like cloth than like skin. `truth` measures the true textures,
 `autoencoder` those that have been through it, which bounds what any latents can show. For pictures also PSNR and SSIM
 inside the UV mask, and PSNR apart for texels that the picture shows and those it hides. `both` gives a prompt and a
-picture of another person, for a quarter of them, and counts, where the two disagree, whose colour the texture has. The last line is JSON.
+picture of another person, for a quarter of them, and counts, where the two disagree, whose colour the texture has.
+The last line is JSON.
 """
 
 import argparse
