@@ -15,8 +15,7 @@ from common.files import content_hash, write_whole
 from common.pictures import image_from_pixels
 from common.progress import progress
 from evaluation.data import EvaluationSet
-from evaluation.procedural import ROWS_AT_ONCE, SEED, blend_name, blends
-from evaluation.sentences import SENTENCES
+from evaluation.procedural import ROWS_AT_ONCE, SEED, SENTENCES, blend_name, blends, sentences_name
 from models.base import resolve_source
 from models.checkpoints import TrainedModel
 from models.diffusion import autocast, resolve_precision
@@ -52,7 +51,9 @@ def jobs_for(samples: EvaluationSet, tasks: list[str], is_procedural: bool) -> l
     if "i2uv" in tasks:
         jobs += [Job("i2uv", number, None, samples.picture, number) for number in numbers]
     if is_procedural and "t2uv" in tasks:
-        jobs += [Job("sentences", number, sentence) for number, (sentence, _) in enumerate(SENTENCES)]
+        for name, sentences in SENTENCES.items():
+            folder = sentences_name(name)
+            jobs += [Job(folder, number, sentence) for number, (sentence, _) in enumerate(sentences)]
     if is_procedural and len(tasks) == 2:
         for weight, number in blends(len(samples)):
             other = (number + 1) % len(samples)

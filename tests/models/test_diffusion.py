@@ -86,7 +86,7 @@ def test_a_blends_middle_is_the_middle_however_hard_each_side_pulls():
 
 def test_a_blend_takes_one_more_row_of_the_unet_a_step():
     noise_scheduler = DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, clip_sample=False)
-    unet = PerfectUNet(noise_scheduler, torch.randn(2, 4, 8, 8), by_context=True)
+    unet = PerfectUNet(noise_scheduler, torch.randn(1, 4, 8, 8), by_context=True)
     states = [torch.full((2, 2, 3), value) for value in (1.0, -0.5, 0.25)]
     arguments = [(states[0], 3.0), (states[1], 1.0)], states[2], torch.randn(2, 4, 8, 8), 5
     latents = sample_latents(unet, noise_scheduler, *arguments, shares=(0.5, 0.5))
