@@ -91,7 +91,11 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     given.add_argument("--image", action="append", help="picture of a person; several times for several views of it")
     given.add_argument("--prompts-file", help="a text file with a prompt a line: a texture for each")
     given.add_argument("--images", help="a folder of pictures: a texture for each")
-    given.add_argument("--img-weight", type=float, help="with both: 0 is text alone, 1 image alone (default: 0.5)")
+    given.add_argument(
+        "--img-weight",
+        type=float,
+        help="with both: 0 is text alone, 1 image alone, in the middle both alike (default: 0.5)",
+    )
     given.add_argument(
         "--text-guidance", type=float, help="with both, instead of --img-weight: how hard the text pulls"
     )
