@@ -37,6 +37,7 @@ from models.diffusion import SAMPLERS
 from models.generation import check_takes_pictures, prompt_length
 from models.pipeline import TexturePipeline, read_mask
 from models.settings import (
+    BLEND,
     MASKED_STRENGTH,
     GenerationSettings,
     check_ranges,
@@ -93,7 +94,11 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     given.add_argument("--image", action="append", help="picture of a person; several times for several views of it")
     given.add_argument("--prompts-file", help="a text file with a prompt a line: a texture for each")
     given.add_argument("--images", help="a folder of pictures: a texture for each")
-    given.add_argument("--img-weight", type=float, help="with both: 0 is text alone, 1 image alone (default: 0.5)")
+    given.add_argument(
+        "--img-weight",
+        type=float,
+        help="with both: 0 is text alone, 1 image alone, in the middle both alike (default: 0.5)",
+    )
     given.add_argument(
         "--text-guidance", type=float, help="with both, instead of --img-weight: how hard the text pulls"
     )
@@ -262,8 +267,10 @@ def resolve_settings(args: argparse.Namespace, earlier: dict, pipeline: TextureP
 
 def shared_description(args: argparse.Namespace, overrides: list[str], settings: GenerationSettings, pipeline) -> dict:
     """What every texture of this call shares, as it is written into the files; `read_settings` reads it back."""
+    is_blend = (args.prompt or args.prompts_file) and (args.image or args.images) and settings.img_weight is not None
     return {
         **asdict(settings),
+        **({"blend": BLEND} if is_blend else {}),
         "init_texture": args.init_texture,
         "mask": args.mask,
         "edited": files_hash([name for name in (args.init_texture, args.mask) if name not in (None, *BODY_REGIONS)]),
@@ -280,8 +287,15 @@ def shared_description(args: argparse.Namespace, overrides: list[str], settings:
     }
 
 
-def check_is_the_same(earlier: dict, description: dict) -> None:
-    """Raises UserError where a texture that is to be repeated would come from other weights or pictures unseen."""
+def check_is_the_same(earlier: dict, description: dict, is_weight_given: bool) -> None:
+    """Raises UserError where a texture that is to be repeated would come from other weights or pictures unseen, or be
+    blended by another rule, unless its weight is given anew."""
+    was_blend = earlier["prompt"] and earlier["images"] and earlier["settings"].img_weight is not None
+    if was_blend and "blend" in description and description["blend"] != earlier.get("blend") and not is_weight_given:
+        raise UserError(
+            "the texture of --settings was blended as an earlier version did it: it cannot be repeated; give "
+            "--img-weight by hand to make another one"
+        )
     for name, source in HASHED.items():
         if description[source] == earlier.get(source) and description[name] != earlier.get(name):
             raise UserError(f"{description[source]} is no longer what the texture of --settings was made from: it "
@@ -453,7 +467,7 @@ def main():
         if is_list:
             report_done(mine, waiting)
         if earlier and not (args.lora or by_hand.checkpoint or by_hand.image or by_hand.init_texture):
-            check_is_the_same(earlier, job_description(jobs[0], call))
+            check_is_the_same(earlier, job_description(jobs[0], call), by_hand.img_weight is not None)
         earlier_batch = tuple(earlier["batch"]) if earlier and len(jobs) == 1 else None
         skipped = make_all(waiting, call, earlier_batch, args.batch_size)
         if skipped:

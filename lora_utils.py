@@ -1,9 +1,10 @@
-"""LoRA on the UNet and the text encoder: adding it, saving it where others can load it, merging and exporting it."""
+"""LoRA on the UNet and both encoders: adding it, saving it where others can load it, merging and exporting it."""
 
 import argparse
 import json
 import math
 import re
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from common.files import write_whole
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER_FILE = "adapter.json"  # of a personal adapter (models/adapters.py): the base it is for, its word
-ADAPTED = ("unet", "text_encoder")
-TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+IMAGE_ENCODER_LORA_FILE = "image_encoder_lora.safetensors"  # its own: Stable Diffusion pipelines have no such encoder
+ADAPTED = ("unet", "text_encoder")  # in LORA_FILE
+IN_FILE = {LORA_FILE: ADAPTED, IMAGE_ENCODER_LORA_FILE: ("image_encoder",)}
+CLIP_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 def add_lora(unet, settings) -> list[torch.nn.Parameter]:
@@ -36,8 +39,16 @@ def add_lora(unet, settings) -> list[torch.nn.Parameter]:
 
 def add_text_encoder_lora(text_encoder, settings) -> list[torch.nn.Parameter]:
     """The same on the text encoder's attention, of rank text_encoder_r and at the UNet's scale of alpha / r."""
-    alpha = settings.alpha * settings.text_encoder_r / settings.r
-    return _add_adapter(text_encoder, settings, settings.text_encoder_r, alpha, TEXT_ENCODER_TARGETS)
+    return _add_clip_adapter(text_encoder, settings, settings.text_encoder_r)
+
+
+def add_image_encoder_lora(image_encoder, settings) -> list[torch.nn.Parameter]:
+    """The same on the image encoder's attention, of rank image_encoder_r."""
+    return _add_clip_adapter(image_encoder, settings, settings.image_encoder_r)
+
+
+def _add_clip_adapter(encoder, settings, r: int) -> list[torch.nn.Parameter]:
+    return _add_adapter(encoder, settings, r, settings.alpha * r / settings.r, CLIP_TARGETS)
 
 
 def _add_adapter(module, settings, r: int, alpha: float, target_modules: list[str]) -> list[torch.nn.Parameter]:
@@ -76,40 +87,52 @@ def lora_parameters(module) -> list[torch.nn.Parameter]:
     return [parameter for name, parameter in module.named_parameters() if "lora_" in name]
 
 
+def adapted_modules(base) -> dict[str, torch.nn.Module]:
+    """What may have a LoRA, by name; without the image encoder where the base has none."""
+    return {name: module for name, module in base.modules().items() if name in sum(IN_FILE.values(), ())}
+
+
 def save_lora(base, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Writes diffusers' LoRA file, with rank and alpha in its metadata, for `load_lora_weights` anywhere.
 
-    dtype: of the file. It holds the UNet's LoRA, and the text encoder's where there is one. The keys are PEFT's:
-    diffusers' own older names cover attention alone, and a file that mixes both loads half.
+    dtype: of the file. It holds the UNet's LoRA, and the text encoder's where there is one; the image encoder's goes
+    into IMAGE_ENCODER_LORA_FILE, written alike. The keys are PEFT's: diffusers' own older names cover attention alone,
+    and a file that mixes both loads half.
     """
-    layers, metadata = {}, {}
-    for name in ADAPTED:
-        module = getattr(base, name)
-        if lora_parameters(module):
-            config = module.peft_config["default"].to_dict()
-            # Embeddings are never trained; "auto" asks the hub whether they were resized, at every save.
-            state = get_peft_model_state_dict(module, save_embedding_layers=False)
-            layers[f"{name}_lora_layers"] = {key: value.to(dtype).contiguous() for key, value in state.items()}
-            # With lora_alpha: without it the file runs at the wrong scale elsewhere.
-            metadata[f"{name}_lora_adapter_metadata"] = {
-                key: value for key, value in config.items() if value is not None
-            }
-    StableDiffusionLoraLoaderMixin.save_lora_weights(folder, **layers, **metadata)
+    for file, names in IN_FILE.items():
+        tensors, metadata = {}, {}
+        for name, module in adapted_modules(base).items():
+            if name in names and lora_parameters(module):
+                # Embeddings are never trained; "auto" asks the hub whether they were resized, at every save.
+                state = get_peft_model_state_dict(module, save_embedding_layers=False)
+                tensors |= {f"{name}.{key}": value.to(dtype).contiguous() for key, value in state.items()}
+                # With lora_alpha: without it the file runs at the wrong scale elsewhere.
+                config = module.peft_config["default"].to_dict()
+                metadata |= {f"{name}.{key}": value for key, value in config.items() if value is not None}
+        if tensors:
+            StableDiffusionLoraLoaderMixin.write_lora_layers(
+                tensors,
+                folder,
+                is_main_process=True,
+                weight_name=file,
+                save_function=None,
+                safe_serialization=True,
+                lora_adapter_metadata=metadata,
+            )
 
 
 def merge_lora(base) -> None:
     """Adds the LoRA to the weights under it, so that inference pays nothing for it."""
-    for name in ADAPTED:
-        for module in getattr(base, name).modules():
-            if isinstance(module, BaseTunerLayer) and not module.merged:
-                module.merge()
+    for module in adapted_modules(base).values():
+        for layer in module.modules():
+            if isinstance(layer, BaseTunerLayer) and not layer.merged:
+                layer.merge()
 
 
 def bake_lora(base) -> None:
     """Merges the LoRA and takes PEFT's layers out: the base as it stands then can have another LoRA."""
     merge_lora(base)
-    for name in ADAPTED:
-        module = getattr(base, name)
+    for module in adapted_modules(base).values():
         tuned = {path: layer for path, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
         for path, layer in tuned.items():
             parent, _, child = path.rpartition(".")
@@ -182,14 +205,28 @@ def export_lora(file: str | Path, layout: str, out: str | Path) -> Path:
     """Our LoRA file in the layout of other tools → the path to give to them.
 
     kohya: one .safetensors with kohya's keys and an alpha for each layer, for ComfyUI and A1111. peft: a folder of
-    adapter_config.json and adapter_model.safetensors, for peft.PeftModel; the text encoder's in text_encoder/. Raises
-    UserError for a file that does not say its alpha.
+    adapter_config.json and adapter_model.safetensors, for peft.PeftModel; the encoders' in text_encoder/ and
+    image_encoder/, of which the last, from the file beside a checkpoint's, has no place in kohya's layout: said on
+    stderr. Raises UserError for a file that does not say its alpha.
     """
-    tensors, metadata = read_tensors(Path(file))
-    config = diffusers_config(metadata, Path(file))
+    tensors, config = _with_config(Path(file))
+    beside = Path(file).with_name(IMAGE_ENCODER_LORA_FILE)
+    if layout == "kohya":
+        if beside.is_file():
+            print(f"note: {beside} is left out: kohya's layout has no image encoder", file=sys.stderr)
+        return _export_kohya(tensors, config, Path(out))
+    if beside.is_file():
+        tensors, config = (both | own for both, own in zip((tensors, config), _with_config(beside)))
+    return _export_peft(tensors, config, Path(out))
+
+
+def _with_config(file: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors of a LoRA file, and what its metadata says of them."""
+    tensors, metadata = read_tensors(file)
+    config = diffusers_config(metadata, file)
     if not config:
         raise UserError(f"{file} does not hold its alpha; give a checkpoint of this project, or its {LORA_FILE}")
-    return (_export_kohya if layout == "kohya" else _export_peft)(tensors, config, Path(out))
+    return tensors, config
 
 
 def export_word(folder: Path, out: Path) -> Path | None:
@@ -212,7 +249,8 @@ def export_word(folder: Path, out: Path) -> Path | None:
 
 
 def _export_peft(tensors: dict[str, torch.Tensor], config: dict, out: Path) -> Path:
-    for component, folder in (("unet", out), ("text_encoder", out / "text_encoder")):
+    folders = {"unet": out, "text_encoder": out / "text_encoder", "image_encoder": out / "image_encoder"}
+    for component, folder in folders.items():
         prefix = f"{component}."
         weights = {
             f"base_model.model.{key.removeprefix(prefix)}": value

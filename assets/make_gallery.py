@@ -17,7 +17,7 @@ from config.configuration import Render
 from embedded.sources import ProceduralTextures
 from models.base import load_base
 from models.checkpoints import EMBEDDED_CHECKPOINT, TrainedModel, load_checkpoint
-from models.generation import condition, finish_texture, generate
+from models.generation import finish_texture, generate, picture_condition, prompt_condition
 from render.rigs import load_rig
 from render.turntable import save_turntable, turntable_frames
 from render.uv_space import texture_pixels
@@ -41,7 +41,8 @@ def main():
     rig = load_rig("anny")
 
     def textures(model: TrainedModel, **conditions) -> Image.Image:
-        states = condition(model, conditions.get("prompt"), conditions.get("image"), 1)
+        image = conditions.get("image")
+        states = picture_condition(model, [image]) if image else prompt_condition(model, conditions["prompt"])
         settings = model.cfg.inference
         steps, negative = settings.num_inference_steps, settings.negative_prompt
         generated = generate(model, states, negative, [SEED], steps, settings.guidance_scale)

@@ -30,7 +30,7 @@ from common.pictures import image_from_pixels, open_image
 from config.configuration import DEFAULT_CONFIG, Render, dotted_overrides, load_config
 from models.checkpoints import load_checkpoint
 from models.diffusion import autocast, resolve_precision
-from models.generation import condition, generate
+from models.generation import generate, picture_condition, prompt_condition
 from render.rigs import load_rig
 from render.uv_space import texture_pixels, uv_mask
 from training.loop import train
@@ -98,8 +98,8 @@ def main():
         seeds, steps = [SEED] * len(source), inference.num_inference_steps
         with torch.no_grad(), autocast(device, resolve_precision(cfg.training.mixed_precision, device)):
             states_of = {
-                "text": torch.cat([condition(trained, prompt, None, 0) for prompt in prompts]),
-                "image": torch.cat([condition(trained, None, view, 1) for view in views]),
+                "text": torch.cat([prompt_condition(trained, prompt) for prompt in prompts]),
+                "image": torch.cat([picture_condition(trained, [view]) for view in views]),
             }
             for name, states in states_of.items():
                 pixel_values = generate(

@@ -60,6 +60,7 @@ class LoRA(Section):
     use_rslora: bool = False  # scale by alpha / sqrt(r) (Kalajdzievski 2023)
     use_dora: bool = False  # magnitude and direction apart (Liu et al. 2024)
     text_encoder_r: Positive | None = None  # rank of a LoRA on the text encoder's attention too; null: none
+    image_encoder_r: Positive | None = None  # the same on the image encoder's, at the aligner's learning rate
 
 
 class Aligner(Section):

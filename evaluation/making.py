@@ -15,15 +15,13 @@ from common.files import content_hash, write_whole
 from common.pictures import image_from_pixels
 from common.progress import progress
 from evaluation.data import EvaluationSet
-from evaluation.procedural import ROWS_AT_ONCE, SEED, blend_name, blends
-from evaluation.sentences import SENTENCES
+from evaluation.procedural import ROWS_AT_ONCE, SEED, SENTENCES, blend_name, blends, sentences_name
 from models.adapters import weights_hash
 from models.base import resolve_source
 from models.checkpoints import TrainedModel
-from models.conditioning import same_length
 from models.diffusion import autocast, resolve_precision
-from models.generation import condition, generate, prompt_length
-from models.settings import encode_described, read_description
+from models.generation import conditions_of, generate_guided, joined, prompt_length, shares_of
+from models.settings import BLEND, GenerationSettings, encode_described, read_description
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,9 @@ def jobs_for(samples: EvaluationSet, tasks: list[str], is_procedural: bool) -> l
     if "i2uv" in tasks:
         jobs += [Job("i2uv", number, None, samples.picture, number) for number in numbers]
     if is_procedural and "t2uv" in tasks:
-        jobs += [Job("sentences", number, sentence) for number, (sentence, _) in enumerate(SENTENCES)]
+        for name, sentences in SENTENCES.items():
+            folder = sentences_name(name)
+            jobs += [Job(folder, number, sentence) for number, (sentence, _) in enumerate(sentences)]
     if is_procedural and len(tasks) == 2:
         for weight, number in blends(len(samples)):
             other = (number + 1) % len(samples)
@@ -107,19 +107,17 @@ def make_textures(trained: TrainedModel, jobs: list[Job], out: Path, description
     return count
 
 
-def _guidance_scale(trained: TrainedModel, job: Job) -> float:
-    settings = trained.cfg.inference
-    from_picture_alone = job.prompt is None and settings.image_guidance_scale
-    return settings.image_guidance_scale if from_picture_alone else settings.guidance_scale
-
-
 def _described(trained: TrainedModel, job: Job, picture: Image.Image | None, description: dict) -> dict:
+    settings = GenerationSettings.of(trained.cfg.inference)
+    is_blend = picture is not None and job.prompt is not None
+    blend = {"blend": BLEND, "image_guidance": settings.image_guidance} if is_blend else {}
     return {
         **description,
         "prompt": job.prompt,
         "picture": None if picture is None else content_hash(str(picture.size).encode(), picture.tobytes()),
-        "img_weight": job.img_weight if picture is not None and job.prompt else None,
-        "guidance_scale": _guidance_scale(trained, job),
+        "img_weight": job.img_weight if is_blend else None,
+        "guidance_scale": settings.text_guidance if job.prompt else settings.image_guidance,
+        **blend,
         "seed": SEED + job.number,
     }
 
@@ -142,13 +140,21 @@ def write_texture(path: Path, texture: Tensor, description: dict) -> None:
 
 def make_batch(trained: TrainedModel, jobs: list[Job], pictures: list[Image.Image | None]) -> Tensor:
     """Jobs of one folder → (B, 3, R, R) in [-1, 1], each from its own seed."""
-    settings, device = trained.cfg.inference, trained.base.device
-    states = [condition(trained, job.prompt, picture, job.img_weight) for job, picture in zip(jobs, pictures)]
-    seeds, scale = [SEED + job.number for job in jobs], _guidance_scale(trained, jobs[0])
+    settings = GenerationSettings.of(trained.cfg.inference).changed(img_weight=jobs[0].img_weight)
+    pairs = zip(jobs, pictures)
+    rows = [conditions_of(trained, job.prompt, [picture] if picture else [], settings) for job, picture in pairs]
+    conditions = joined(rows)
+    seeds, device = [SEED + job.number for job in jobs], trained.base.device
     with autocast(device, resolve_precision(trained.cfg.training.mixed_precision, device)):
-        encoder_hidden_states = torch.cat(same_length(*states))
-        steps, negative = settings.num_inference_steps, settings.negative_prompt
-        textures = generate(trained, encoder_hidden_states, negative, seeds, steps, scale).float().cpu()
+        textures = generate_guided(
+            trained,
+            conditions,
+            settings.negative_prompt,
+            seeds,
+            settings.num_inference_steps,
+            shares=shares_of(conditions, settings),
+        )
+    textures = textures.float().cpu()
     if not textures.isfinite().all():
         raise UserError(f"{jobs[0].folder}: the model made textures that hold no numbers; its weights are damaged")
     return textures

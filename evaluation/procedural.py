@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -20,12 +21,16 @@ from common.pictures import image_from_pixels
 from config.configuration import Render
 from embedded.grammar import COLOURS, ETHNICITIES, HAIR, PATTERNS, SLEEVES, Outfit, sample_outfit
 from embedded.painter import BOTTOM, HAIR_REGION, SKIN, TOP, Painting, body_maps, paint
-from evaluation.sentences import SENTENCES
+from evaluation.consistency import gradient_energy, seam_error
+from evaluation.sentences import FORMS, SYNONYMS
 from models.checkpoints import TrainedModel
 from models.diffusion import decode_latents, encode_posterior
+from models.generation import finish_texture
+from models.settings import GenerationSettings
+from render.bodies import Body
 from render.rasteriser import rasterize, rasterize_uv
-from render.rigs import load_rig
-from render.uv_space import fill_outside
+from render.rigs import load_body, load_rig
+from render.uv_space import fill_outside, texture_pixels
 
 SEED = 90_001  # of the held-out outfits; training draws its own from small seeds
 SIZE = 256  # of the true textures
@@ -37,6 +42,8 @@ REGIONS = {"top": TOP, "bottom": BOTTOM, "hair": HAIR_REGION, "skin": SKIN}
 PATTERN_NAMES = ("plain", *PATTERNS)
 CUFF = 0.04  # of the arm, left out on both sides of a sleeve's end
 JUST_NOTICEABLE = 2.3  # a difference in CIELAB (Mahy, van Eycken and Oosterlinck 1994)
+SENTENCES = {"forms": FORMS, "synonyms": SYNONYMS}
+MEDIANS = ("i2uv.skin_lab",)  # measures of which outliers say little
 
 
 def lab(rgb: Tensor) -> Tensor:
@@ -175,14 +182,14 @@ class Tally:
         self.answers.setdefault(name, []).append(float(value))
 
     def nested(self) -> dict:
-        """{"i2uv": {"psnr": mean, ...}, ...}, the means to four digits."""
+        """{"i2uv": {"psnr": mean, ...}, ...}, the means, and the medians of MEDIANS, to four digits."""
         measures: dict = {}
         for name, values in self.answers.items():
             *parents, leaf = name.split(".")
             level = measures
             for parent in parents:
                 level = level.setdefault(parent, {})
-            level[leaf] = round(sum(values) / len(values), 4)
+            level[leaf] = round(statistics.median(values) if name in MEDIANS else statistics.fmean(values), 4)
         return measures
 
 
@@ -283,10 +290,12 @@ class Judge:
 def evaluate(judge: Judge, texture: Callable[[str, int], Tensor], tasks: list[str]) -> dict:
     """The measures that evaluate.py explains, nested by name.
 
-    texture: "t2uv", "i2uv", "sentences" or `blend_name` and a number → what was made, (3, SIZE, SIZE) in [0, 1].
+    texture: "t2uv", "i2uv", `sentences_name` or `blend_name` and a number → what was made, (3, SIZE, SIZE) in [0, 1].
     tasks: of "t2uv", "i2uv". Raises UserError where a texture is missing.
     """
     tally, truths, limit = Tally(), judge.truths, len(judge.truths)
+    body = load_body("anny")  # that the paintings are of
+    energy = statistics.fmean(gradient_energy(body, painting.texture[:3]) for _, painting in truths)
     decoded = autoencoded(judge.trained, truths)
     for number, ((_, painting), blurred) in enumerate(zip(truths, decoded)):
         judge.add(tally, "truth", number, painting.texture[:3])
@@ -294,14 +303,22 @@ def evaluate(judge: Judge, texture: Callable[[str, int], Tensor], tasks: list[st
         inside = painting.texture[3] > 0
         error = (blurred - painting.texture[:3])[:, inside].square().mean()
         tally.add("autoencoder.psnr", -10 * error.log10())
+        tally.add("autoencoder.sharpness", gradient_energy(body, blurred) / energy)
     for task in tasks:
         for number in range(limit):
             judge.add(tally, task, number, texture(task, number))
+            tally.add(f"{task}.sharpness", gradient_energy(body, texture(task, number)) / energy)
     if "t2uv" in tasks:
-        score_sentences(tally, [texture("sentences", number) for number in range(len(SENTENCES))])
+        settings = GenerationSettings.of(judge.trained.cfg.inference)
+        for number in tqdm(range(limit), "seams"):
+            score_seams(tally, "t2uv", body, texture("t2uv", number), settings)
+        for name, sentences in SENTENCES.items():
+            textures = [texture(sentences_name(name), number) for number in range(len(sentences))]
+            score_sentences(tally, name, textures)
     if "i2uv" in tasks:
         for number, (_, painting) in enumerate(truths):
             score_pixels(tally, painting, view_of(painting, number)[1], texture("i2uv", number))
+            score_skin(tally, painting, texture("i2uv", number))
     for weight, number in blends(limit) if len(tasks) == 2 else ():
         pair = truths[number], truths[(number + 1) % limit]
         score_both(tally, weight, *pair, texture(blend_name(weight), number))
@@ -316,6 +333,11 @@ def blends(limit: int) -> list[tuple[float, int]]:
 
 def blend_name(weight: float) -> str:
     return f"both_{weight}"
+
+
+def sentences_name(name: str) -> str:
+    """name: of SENTENCES."""
+    return f"sentences_{name}"
 
 
 @torch.no_grad()
@@ -362,13 +384,30 @@ def score_both(tally: Tally, weight: float, told, shown, texture: Tensor) -> Non
             tally.add(measure, nearest == words[0])
 
 
-def score_sentences(tally: Tally, textures: list[Tensor]) -> None:
-    """Colours of SENTENCES, over what every garment covers. textures: (3, SIZE, SIZE) in [0, 1], one a sentence."""
+def score_skin(tally: Tally, painting: Painting, texture: Tensor) -> None:
+    """How far the skin of texture (3, SIZE, SIZE) in [0, 1] is from the true one: CIELAB's Delta E 76 of medians."""
+    colours = [region_colour(picture, painting, SKIN) for picture in (texture, painting.texture[:3])]
+    if all(colour is not None for colour in colours):
+        tally.add("i2uv.skin_lab", (lab(colours[0]) - lab(colours[1])).norm())
+
+
+def score_seams(tally: Tally, task: str, body: Body, texture: Tensor, settings: GenerationSettings) -> None:
+    """The seam error of texture (3, SIZE, SIZE) in [0, 1] as infer_uv.py writes it by its defaults, and without the
+    seam fix."""
+    for name, seam_fix in (("seam_error", settings.seam_fix), ("seam_error_raw", False)):
+        finished = finish_texture(texture * 2 - 1, body, settings.size, seam_fix)
+        pixels = (texture_pixels(finished, settings.size) + 1) / 2
+        tally.add(f"{task}.{name}", seam_error(body, pixels))
+
+
+def score_sentences(tally: Tally, name: str, textures: list[Tensor]) -> None:
+    """Colours of SENTENCES[name], over what every garment covers. textures: (3, SIZE, SIZE) in [0, 1], one a
+    sentence."""
     neutral = paint(Outfit("white", "man", "white", "t-shirt", "black", "shorts", "black"), SEED, SIZE)
-    for (_, words), texture in zip(SENTENCES, textures):
+    for (_, words), texture in zip(SENTENCES[name], textures, strict=True):
         for region, word in words.items():
             colour = region_colour(texture, neutral, REGIONS[region])
-            tally.add("sentences.color", nearest_word(colour, words_for(region)) == word)
+            tally.add(f"sentences.{name}", nearest_word(colour, words_for(region)) == word)
 
 
 def view_of(painting: Painting, index: int) -> tuple[Image.Image, Tensor]:

@@ -18,12 +18,20 @@ from torch import nn
 from common.errors import UserError, reason
 from common.files import PROJECT_ROOT
 from config.configuration import Config, Output, load_config, save_config
-from lora_utils import LORA_FILE, all_finite, lora_parameters, read_tensors, save_lora
+from lora_utils import (
+    IMAGE_ENCODER_LORA_FILE,
+    LORA_FILE,
+    adapted_modules,
+    all_finite,
+    lora_parameters,
+    read_tensors,
+    save_lora,
+)
 from models.adapters import Adapter, refuse_adapter, save_word
 from models.base import BaseModel, load_configured_base, pick_device
 from models.conditioning import aligner_from_state
 from models.diffusion import frozen_dtype, resolve_precision
-from models.lora_files import load_lora
+from models.lora_files import image_encoder_lora_file, load_image_encoder_lora, load_lora
 
 CONFIG_FILE, ALIGNER_FILE, STATE_FILE = "config.yaml", "aligner.safetensors", "training_state.json"
 RESUME_FILE = "training_state.pt"
@@ -45,7 +53,7 @@ def save_checkpoint(
 
     Raises UserError on NaN weights or a full disk: no half checkpoint is left, and earlier ones stay.
     """
-    trained = lora_parameters(base.unet) + lora_parameters(base.text_encoder)
+    trained = [parameter for module in adapted_modules(base).values() for parameter in lora_parameters(module)]
     trained += list(aligner.parameters()) if aligner else []
     if not all_finite(trained):
         raise UserError(
@@ -211,7 +219,10 @@ class TrainedModel:
 
 
 def load_trained(cfg: Config, lora: Path | None, aligner: Path | None) -> TrainedModel:
-    """The configured base with the LoRA and the aligner at those paths, unless None."""
+    """The configured base with the LoRA and the aligner at those paths, unless None.
+
+    Where the image encoder's LoRA lies beside the aligner, the aligner reads the tokens of both.
+    """
     if lora is not None:
         refuse_adapter(Path(lora))
     device = pick_device(cfg.training.device)
@@ -219,7 +230,11 @@ def load_trained(cfg: Config, lora: Path | None, aligner: Path | None) -> Traine
     base = load_configured_base(cfg.model, device, dtype)
     if lora is not None:
         load_lora(base, lora)
-    loaded = None if aligner is None else load_aligner(Path(aligner), cfg.model.aligner, base)
+    if aligner is None:
+        return TrainedModel(base, None, cfg)
+    loaded = load_aligner(Path(aligner), cfg.model.aligner, base)
+    if image_encoder_lora := image_encoder_lora_file(Path(aligner).parent):
+        load_image_encoder_lora(base, image_encoder_lora)
     return TrainedModel(base, loaded, cfg)
 
 
@@ -232,5 +247,13 @@ def load_checkpoint(folder: str | Path, overrides: list[str] = ()) -> TrainedMod
             f"{folder} is no checkpoint: {' and '.join(missing)} not found; a checkpoint holds "
             f"{CONFIG_FILE}, {LORA_FILE} and, for images, {ALIGNER_FILE}"
         )
-    aligner = folder / ALIGNER_FILE
-    return load_trained(load_config(folder / CONFIG_FILE, overrides), folder, aligner if aligner.is_file() else None)
+    cfg, aligner = load_config(folder / CONFIG_FILE, overrides), folder / ALIGNER_FILE
+    needs_lora = aligner.is_file() and cfg.model.lora.image_encoder_r is not None
+    if needs_lora != (image_encoder_lora_file(folder) is not None):
+        rank = f"model.lora.image_encoder_r {cfg.model.lora.image_encoder_r}"
+        raise UserError(
+            f"{folder} was trained with {rank} but has no {IMAGE_ENCODER_LORA_FILE}; copy it whole"
+            if needs_lora
+            else f"{folder} holds {IMAGE_ENCODER_LORA_FILE} for no aligner with {rank}; copy the checkpoint whole"
+        )
+    return load_trained(cfg, folder, aligner if aligner.is_file() else None)

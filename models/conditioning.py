@@ -1,7 +1,7 @@
 """What the UNet is told: prompts through the text encoder, pictures through CLIP vision and the aligner.
 
 Both give encoder_hidden_states of one shape, (B, L, D), L the tokens of a prompt and D the UNet's context width,
-so that text, image and any blend of the two enter the UNet alike.
+so that text and image enter the UNet alike.
 """
 
 import math
@@ -172,10 +172,12 @@ def picture_size(base: BaseModel, shape: tuple[int, int], image_size: int | None
     return height, width
 
 
-@torch.no_grad()
 def encode_images(base: BaseModel, images: Tensor) -> Tensor:
     """images: (B, 3, H, W) in [-1, 1] → all of the image encoder's tokens: (B, T, image_dim) float32. Where H and W are
-    not its own size, its learned positions are interpolated (as in Dosovitskiy et al. 2021, section 3.2)."""
+    not its own size, its learned positions are interpolated (as in Dosovitskiy et al. 2021, section 3.2).
+
+    Differentiable where the image encoder has a LoRA that is trained.
+    """
     mean, std = (
         torch.tensor(values, device=base.device)[:, None, None]
         for values in (base.image_processor.image_mean, base.image_processor.image_std)
@@ -188,10 +190,3 @@ def encode_images(base: BaseModel, images: Tensor) -> Tensor:
 def drop_conditions(encoder_hidden_states: Tensor, null_states: Tensor, dropped: Tensor) -> Tensor:
     """Replaces the rows of (B, L, D) that `dropped` (B,) names by null_states (1, L, D)."""
     return torch.where(dropped.to(encoder_hidden_states.device)[:, None, None], null_states, encoder_hidden_states)
-
-
-def blend(text_states: Tensor, image_states: Tensor, img_weight: float) -> Tensor:
-    """The seed's linear blend of two (B, L, D): img_weight 0 is text alone, 1 is image alone, to the bit."""
-    if img_weight in (0, 1):
-        return image_states if img_weight else text_states
-    return (1 - img_weight) * text_states + img_weight * image_states

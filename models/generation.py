@@ -9,7 +9,6 @@ from common.errors import UserError
 from common.pictures import image_from_pixels, prepare_image
 from models.checkpoints import TrainedModel
 from models.conditioning import (
-    blend,
     encode_images,
     encode_long_prompt,
     encode_prompts,
@@ -18,6 +17,7 @@ from models.conditioning import (
     same_length,
 )
 from models.diffusion import decode_latents, sample_latents
+from models.settings import GenerationSettings
 from render.rasteriser import Body
 from render.seams import fix_seams
 from render.uv_space import fill_outside, uv_mask
@@ -55,13 +55,37 @@ def picture_condition(trained: TrainedModel, images: list[Image.Image]) -> Tenso
     return trained.aligner(torch.cat([encode_images(base, pixels[None]) for pixels in prepared], dim=1))
 
 
-def condition(trained: TrainedModel, prompt: str | None, image: Image.Image | None, img_weight: float) -> Tensor:
-    """encoder_hidden_states (1, n * L, D) from a prompt, a picture, or both blended by img_weight in [0, 1]."""
-    text_states = None if prompt is None else prompt_condition(trained, prompt)
-    image_states = None if image is None else picture_condition(trained, [image])
-    if text_states is None or image_states is None:
-        return image_states if text_states is None else text_states
-    return blend(*same_length(text_states, image_states), img_weight)
+def conditions_of(
+    trained: TrainedModel, prompt: str | None, images: list[Image.Image], settings: GenerationSettings
+) -> list[tuple[Tensor, float]]:
+    """encoder_hidden_states (1, n * L, D) and guidance scale of a prompt, of pictures of a person, or of both.
+
+    An img_weight of 0 or 1 leaves the prompt or the pictures alone, to the bit. Raises UserError for neither.
+    """
+    weight = settings.img_weight if prompt is not None and images else None
+    conditions = []
+    if prompt is not None and weight != 1:
+        conditions.append((prompt_condition(trained, prompt), settings.text_guidance))
+    if images and weight != 0:
+        conditions.append((picture_condition(trained, images), settings.image_guidance))
+    if not conditions:
+        raise UserError("nothing to make a texture from: give a prompt, pictures or both")
+    if len(conditions) == 1:  # whose own scale is 0 where only the other one's was asked for
+        ((states, scale),) = conditions
+        return [(states, scale or settings.guidance_scale)]
+    return conditions
+
+
+def joined(rows: list[list[tuple[Tensor, float]]]) -> list[tuple[Tensor, float]]:
+    """The conditions of B rows, each as of `conditions_of` with the same scales, as those of one batch: (B, L, D)."""
+    return [(torch.cat(same_length(*(states for states, _ in of_rows))), of_rows[0][1]) for of_rows in zip(*rows)]
+
+
+def shares_of(conditions: list, settings: GenerationSettings) -> tuple[float, ...] | None:
+    """Of prompt and picture in a blend, for `sample_latents`; None for one alone, and for two that pull apart."""
+    if len(conditions) == 1 or settings.img_weight is None:
+        return None
+    return 1 - settings.img_weight, settings.img_weight
 
 
 def unit_noise(trained: TrainedModel, seeds: list[int]) -> Tensor:

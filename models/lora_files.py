@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from common.errors import UserError, reason
 from lora_utils import (
     ADAPTED,
+    CLIP_TARGETS,
+    IMAGE_ENCODER_LORA_FILE,
     LORA_FILE,
     all_finite,
     diffusers_config,
@@ -46,7 +48,7 @@ KEY = re.compile(
     r"(?P<dora_scale>dora_scale)|"
     r"(?P<magnitude>lora_magnitude_vector(?:\.default)?(?:\.weight)?))"
 )
-PREFIXES = ("base_model.model.", "lora_unet_", "lora_te_", "unet.", "text_encoder.")
+PREFIXES = ("base_model.model.", "lora_unet_", "lora_te_", "unet.", "text_encoder.", "image_encoder.")
 EMBEDDING = "bundle_emb."  # OneTrainer's, of textual inversion
 # Kinds of update other than up · down, by what their keys hold (LyCORIS' and PEFT's names).
 OTHER_KINDS = {
@@ -72,7 +74,7 @@ class FileLayer:
     """
 
     key: str  # as the file calls it
-    component: str  # unet or text_encoder
+    component: str  # unet, text_encoder or image_encoder
     layer: str  # as the component's module calls it
     down: Tensor
     up: Tensor
@@ -91,13 +93,44 @@ def load_lora(base, path: str | Path) -> None:
     for file in weight_files(Path(path)):
         layers += read_layers(base, file)
     _refuse_doubles(layers, path)
+    _put_on(base, layers, ADAPTED, path)
+
+
+def load_image_encoder_lora(base, path: Path) -> None:
+    """Puts on a base's image encoder the LoRA that an aligner was trained with, frozen.
+
+    path: of `image_encoder_lora_file`. Raises UserError as `load_lora` does, and unless the file has all of the
+    encoder's attention layers and no others: without one of them the aligner reads other tokens than it knows.
+    """
+    layers = read_layers(base, path, ("image_encoder",))
+    _refuse_doubles(layers, path)
+    names_in_file = {layer.layer for layer in layers}
+    needed = {name for name, _ in base.image_encoder.named_modules() if name.rpartition(".")[2] in CLIP_TARGETS}
+    for names, fault in ((needed - names_in_file, "lacks"), (names_in_file - needed, "holds, unlike this encoder's,")):
+        if names:
+            raise UserError(
+                f"{path} {fault} the LoRA of {len(names)} layers, such as {min(names)}; was it made for another image "
+                "encoder?"
+            )
+    _put_on(base, layers, ("image_encoder",), path)
+
+
+def image_encoder_lora_file(folder: Path) -> Path | None:
+    """Where a checkpoint's folder has its image encoder's LoRA, as training or as the export to PEFT writes it."""
+    names = (IMAGE_ENCODER_LORA_FILE, "image_encoder/adapter_model.safetensors")
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _put_on(base, layers: list[FileLayer], components: tuple[str, ...], path: str | Path) -> None:
+    """Gives the components these layers, checked and frozen."""
     try:
-        for name in ADAPTED:
+        for name in components:
             _put_in(getattr(base, name), [layer for layer in layers if layer.component == name])
     except Exception as error:  # peft has many kinds
         raise UserError(f"cannot load the LoRA at {path}: {reason(error)}; was it made for another base?") from error
     check_layers(base, layers, path)
-    for module in (base.unet, base.text_encoder):
+    for name in components:
+        module = getattr(base, name)
         for parameter in lora_parameters(module):
             parameter.requires_grad_(False)
         module.eval()  # new layers come in training mode, with LoRA's dropout
@@ -142,8 +175,8 @@ def _config(file: Path, metadata: dict[str, str]) -> dict:
     return config
 
 
-def read_layers(base, file: Path) -> list[FileLayer]:
-    """What a file of weights says of each layer of the base.
+def read_layers(base, file: Path, components: tuple[str, ...] = ADAPTED) -> list[FileLayer]:
+    """What a file of weights says of each layer of the base's components.
 
     Raises UserError for what is no LoRA, and for layers that this base has not or has in another shape. Embeddings
     beside the LoRA are left out, said on stderr.
@@ -152,7 +185,7 @@ def read_layers(base, file: Path) -> list[FileLayer]:
     config, weights_of_layers = _config(file, metadata), _by_layer(tensors, file)
     if not config and any(key.startswith("base_model.model.") for key in weights_of_layers):
         print(f"note: {file} has no {ADAPTER_CONFIG} beside it to say its alpha: the scale is 1", file=sys.stderr)
-    places = _places(base)
+    places = _places(base, components)
     strangers = [key for key in weights_of_layers if _underscored(key) not in places]
     if strangers or not weights_of_layers:
         raise UserError(
@@ -192,10 +225,10 @@ def _by_layer(tensors: dict[str, Tensor], file: Path) -> dict[str, dict[str, Ten
     return weights_of_layers
 
 
-def _places(base) -> dict[str, tuple[str, str]]:
+def _places(base, components: tuple[str, ...]) -> dict[str, tuple[str, str]]:
     """Where each layer that can have a LoRA is, (component, module's name), by every name that files have for it."""
     places = {}
-    for component in ADAPTED:
+    for component in components:
         for layer, module in getattr(base, component).named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 name = layer.replace(".", "_")
@@ -204,6 +237,8 @@ def _places(base) -> dict[str, tuple[str, str]]:
                     # diffusers once called them as the UNet's; text_model is a module in transformers before 5.
                     names.add(re.sub("self_attn_(q|k|v|out)_proj$", r"self_attn_to_\1", name))
                     names |= {f"text_model_{name}" for name in names}
+                if component == "image_encoder":
+                    names.add(f"vision_model_{name}")
                 assert not names & places.keys(), names
                 places |= dict.fromkeys(names, (component, layer))
     return places

@@ -21,9 +21,8 @@ from config.configuration import DEFAULT_CONFIG, load_config
 from lora_utils import merge_lora
 from models.adapters import load_adapters, parse_adapter, weights_hash
 from models.checkpoints import TrainedModel, load_trained, newest_checkpoint
-from models.conditioning import blend, same_length
 from models.diffusion import autocast, encode_posterior, resolve_precision
-from models.generation import finish_texture, generate_guided, picture_condition, prompt_condition
+from models.generation import conditions_of, finish_texture, generate_guided, joined, shares_of
 from models.interchange import load_any
 from models.settings import MASKED_STRENGTH, GenerationSettings
 from render.regions import BODY_REGIONS, region_mask
@@ -97,63 +96,45 @@ class TexturePipeline:
         people = [images] * len(seeds) if not images or isinstance(images[0], Image.Image) else images
         if not len(prompts) == len(people) == len(seeds):
             raise UserError(f"{len(prompts)} prompts and {len(people)} people for {len(seeds)} seeds")
+        textures = {}
         with autocast(device, resolve_precision(self.trained.cfg.training.mixed_precision, device)):
-            conditions = self._conditions_of_rows(prompts, people, settings)
-            editing = {}
-            if init_texture is not None:
-                editing = self._editing(init_texture, mask, settings.strength, len(seeds))
-            textures = generate_guided(
-                self.trained,
-                conditions,
-                settings.negative_prompt,
-                seeds,
-                settings.num_inference_steps,
-                sampler=settings.sampler,
-                eta=settings.eta,
-                on_step=on_step,
-                **editing,
-            )
-        finished = [finish_texture(texture, self.body, settings.size, settings.seam_fix) for texture in textures]
+            for rows, conditions in self._alike(prompts, people, settings):
+                editing = {}
+                if init_texture is not None:
+                    editing = self._editing(init_texture, mask, settings.strength, len(rows))
+                pixel_values = generate_guided(
+                    self.trained,
+                    conditions,
+                    settings.negative_prompt,
+                    [seeds[row] for row in rows],
+                    settings.num_inference_steps,
+                    sampler=settings.sampler,
+                    eta=settings.eta,
+                    on_step=on_step,
+                    shares=shares_of(conditions, settings),
+                    **editing,
+                )
+                textures |= zip(rows, pixel_values)
+        finished = [
+            finish_texture(textures[row], self.body, settings.size, settings.seam_fix) for row in range(len(seeds))
+        ]
         if init_texture is None or mask is None:
             return finished
         return self._composited(finished, init_texture, mask, settings.size)
 
-    def _conditions_of_rows(
+    def _alike(
         self, prompts: Sequence[str | None], people: Sequence[Sequence[Image.Image]], settings: GenerationSettings
-    ) -> list[tuple[Tensor, float]]:
-        """The conditions of all rows together: encoder_hidden_states (B, L, D) and guidance scale of each."""
-        encoded, rows = {}, []  # each condition is encoded once, though several seeds have it
-        for prompt, images in zip(prompts, people):
-            key = (prompt, *map(id, images))
+    ) -> list[tuple[list[int], list[tuple[Tensor, float]]]]:
+        """The rows that are guided alike, by as many conditions of the same scales, with these conditions together:
+        encoder_hidden_states (B, L, D) and guidance scale of each."""
+        encoded, rows_of_scales = {}, {}  # each condition is encoded once, though several seeds have it
+        keys = [(prompt, *map(id, images)) for prompt, images in zip(prompts, people)]
+        for row, (prompt, images, key) in enumerate(zip(prompts, people, keys)):
             if key not in encoded:
-                encoded[key] = self.conditions(prompt, images, settings)
-            rows.append(encoded[key])
-        if len({len(conditions) for conditions in rows}) > 1:
-            raise UserError("text and picture that pull with a guidance scale each must both be given for each texture")
-        joined_conditions = []
-        for conditions in zip(*rows):
-            states, scales = zip(*conditions)
-            if len(set(scales)) > 1:
-                raise UserError("textures from prompts and from pictures alone have other guidance scales; make them "
-                                "apart, or give one --guidance-scale for both")  # fmt: skip
-            joined_conditions.append((torch.cat(same_length(*states)), scales[0]))
-        return joined_conditions
-
-    def conditions(
-        self, prompt: str | None, images: Sequence[Image.Image], settings: GenerationSettings
-    ) -> list[tuple[Tensor, float]]:
-        """encoder_hidden_states (1, L, D) and guidance scale of each: one, or two where text and image pull apart."""
-        text = None if prompt is None else prompt_condition(self.trained, prompt)
-        picture = picture_condition(self.trained, list(images)) if images else None
-        if text is None and picture is None:
-            raise UserError("nothing to make a texture from: give a prompt, pictures or both")
-        if text is None:
-            return [(picture, settings.image_guidance or settings.guidance_scale)]
-        if picture is None:
-            return [(text, settings.text_guidance or settings.guidance_scale)]
-        if settings.img_weight is None:
-            return [(text, settings.text_guidance), (picture, settings.image_guidance)]
-        return [(blend(*same_length(text, picture), settings.img_weight), settings.guidance_scale)]
+                encoded[key] = conditions_of(self.trained, prompt, list(images), settings)
+            scales = tuple(scale for _, scale in encoded[key])
+            rows_of_scales.setdefault(scales, []).append(row)
+        return [(rows, joined([encoded[keys[row]] for row in rows])) for rows in rows_of_scales.values()]
 
     def _editing(self, init_texture: Image.Image, mask, strength: float, rows: int) -> dict:
         """The options of sample_latents that start from a texture, for that many rows."""

@@ -17,7 +17,7 @@ from common.errors import UserError, exit_on_user_error, reason
 from common.files import check_writable, push_folder, write_whole
 from common.pictures import encode_image
 from config.configuration import DEFAULT_CONFIG, load_config
-from lora_utils import LORA_FILE
+from lora_utils import IMAGE_ENCODER_LORA_FILE, LORA_FILE
 from models.checkpoints import ALIGNER_FILE, CONFIG_FILE, STATE_FILE, newest_checkpoint
 from models.pipeline import TexturePipeline
 from render.turntable import contact_sheet
@@ -138,7 +138,7 @@ def main():
             raise UserError(f"{folder} is no checkpoint of this project: it needs {', '.join(needed)}")
         pipeline = TexturePipeline.from_pretrained(folder)
         check_writable(args.out)
-        for name in (*needed, ALIGNER_FILE):
+        for name in (*needed, ALIGNER_FILE, IMAGE_ENCODER_LORA_FILE):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, args.out / name)
         title = Path(args.push_to_hub or args.out).name

@@ -25,6 +25,7 @@ RANGES = {
     "strength": (0.01, 1),
     "size": (1, 16_384),
 }
+BLEND = "pulls of one length"  # how img_weight joins two, see diffusion.blended; changed with the rule
 MASKED_STRENGTH = 1.0  # what a mask names is made anew altogether, unless a strength is asked for
 
 
@@ -32,9 +33,10 @@ MASKED_STRENGTH = 1.0  # what a mask names is made anew altogether, unless a str
 class GenerationSettings:
     """Resolved once, from a checkpoint's configuration and what was asked for; used; and written into the file.
 
-    img_weight: of a picture given with a prompt, 0 text alone to 1 picture alone; None: the two are not blended, but
-    pull with text_guidance and image_guidance. These two are also the scales of a prompt and of a picture that come
-    alone; guidance_scale is the blend's. strength: share of an edited texture that is made anew. size: side in texels.
+    img_weight: of a picture given with a prompt, 0 text alone to 1 picture alone, by BLEND; None: the two are not
+    blended, but their pulls add up. text_guidance and image_guidance are the scales of a prompt and of a picture, alone
+    or together; guidance_scale is that of one alone whose own is 0. strength: share of an edited texture that is made
+    anew. size: side in texels.
     """
 
     num_inference_steps: int

@@ -150,11 +150,15 @@ def use_caches(
     """
     if cfg.data.cache == "none":
         return
-    if cfg.data.cache == "all" and cfg.model.lora.text_encoder_r:
-        raise UserError(
-            "model.lora.text_encoder_r trains the text encoder, so that its states cannot be cached; set data.cache "
-            "to latents or none"
-        )
+    trained_encoders = {"text": cfg.model.lora.text_encoder_r}
+    if dataset.renders is not None:
+        trained_encoders["image"] = cfg.model.lora.image_encoder_r
+    for kind, rank in trained_encoders.items():
+        if cfg.data.cache == "all" and rank:
+            raise UserError(
+                f"model.lora.{kind}_encoder_r trains the {kind} encoder, so that what it gives cannot be cached; set "
+                "data.cache to latents or none"
+            )
     root = Path(cfg.data.cache_dir) / "encoded"
     check_writable(root)
     for encoding in _encodings(cfg, base, dataset, root, precision, rebuild):

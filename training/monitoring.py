@@ -19,7 +19,7 @@ from common.pictures import image_from_pixels
 from config.configuration import dump_config
 from models.checkpoints import TrainedModel
 from models.diffusion import autocast
-from models.generation import condition, generate
+from models.generation import generate, picture_condition, prompt_condition
 from render.cameras import orbit_cameras
 from render.shading import render_views
 from training.objective import RowDraws, batch_losses
@@ -243,10 +243,10 @@ def sample_grid(run: Run) -> Tensor:
     with autocast(run.base.device, run.precision):
         if "text" in conditions:
             prompts = [*cfg.output.sample_prompts, *(dataset[row]["prompt"] for row in rows)]
-            states += [condition(trained, prompt, None, 0) for prompt in prompts]
+            states += [prompt_condition(trained, prompt) for prompt in prompts]
         if "image" in conditions:
             pictures = [image_from_pixels(dataset.picture(row)) for row in rows]
-            states += [condition(trained, None, picture, 1) for picture in pictures]
+            states += [picture_condition(trained, [picture]) for picture in pictures]
         settings = cfg.inference
         textures = generate(
             trained,

@@ -19,7 +19,7 @@ from common import processes
 from common.errors import UserError, reason
 from config.configuration import Config, Schedule
 from embedded.sources import is_procedural, open_textures
-from lora_utils import add_lora, add_text_encoder_lora
+from lora_utils import adapted_modules, add_image_encoder_lora, add_lora, add_text_encoder_lora
 from models.base import BaseModel, load_configured_base, pick_device
 from models.conditioning import encode_prompts, make_aligner, picture_size
 from models.diffusion import autocast, frozen_dtype, resolve_precision
@@ -123,7 +123,7 @@ class Run:
     @contextmanager
     def evaluating(self):
         """Inside, LoRA drops nothing out."""
-        adapted = (self.base.unet, self.base.text_encoder)
+        adapted = adapted_modules(self.base).values()
         modes = {layer: layer.training for module in adapted for layer in module.modules()}
         for module in adapted:
             module.eval()
@@ -251,6 +251,8 @@ def _add_trained(cfg: Config, task: str, base: BaseModel) -> tuple[torch.nn.Modu
     if "image" in CONDITIONS[task]:
         aligner = make_aligner(cfg.model.aligner, base)
         groups.append({"params": list(aligner.parameters())})
+        if cfg.model.lora.image_encoder_r:  # at the rate of the aligner, which reads its tokens
+            groups[1]["params"] += add_image_encoder_lora(base.image_encoder, cfg.model.lora)
         if schedule.aligner_learning_rate and cfg.training.optimizer != "prodigy":  # which finds one rate for all
             groups[1]["lr"] = schedule.aligner_learning_rate
     parameters = [parameter for group in groups for parameter in group["params"]]

@@ -115,12 +115,14 @@ def test_what_is_written(run, quick, tmp_path):
     status, printed, error = run("--base", "--limit=3", "--extractor=embedded", "--extractor=inception")
     assert status == 0, error
     summary, out = json.loads(printed.splitlines()[-1]), tmp_path / "out"
-    assert 0 <= summary["t2uv"]["color"]["hair"] <= 1 and 0 <= summary["sentences"]["color"] <= 1
+    assert 0 <= summary["t2uv"]["color"]["hair"] <= 1 and summary["sentences"].keys() == {"forms", "synonyms"}
     assert summary["autoencoder"]["psnr"] > 0 and "i2uv" not in summary
+    assert summary["t2uv"]["uv"]["sharpness"]["value"] == pytest.approx(summary["t2uv"]["sharpness"], rel=1e-3)
     assert summary["t2uv"]["texture"]["psnr"].keys() == {"value", "low", "high", "count", "skipped"}
     assert "needs 20 reference textures, has 3" in summary["t2uv"]["uv"]["defects"]["baked-in light"]
     assert summary["t2uv"]["render"]["embedded image encoder"]["fid"] == "fid needs 129 pictures, has 12"
     results, features = read_results(str(out))
+    assert_named(results["procedural"], NAMES["t2uv"])
     assert features["t2uv/embedded image encoder"].shape[:2] == (3, 4)
     assert "NaN" not in (out / "results.json").read_text() and "nan" not in (out / "results.md").read_text()
     assert "needs inception-2015-12-05.pt" in (out / "results.md").read_text()
@@ -129,6 +131,22 @@ def test_what_is_written(run, quick, tmp_path):
     assert "<script" not in text and "http" not in text.replace("https://nvlabs-fi-cdn", "")
     assert list((out / "tensorboard").glob("events.*"))
     assert results["tasks"]["truth"]["figures"]["follows.color.hair"]["value"] == 1
+
+
+# What the procedural set has in results.json, under "procedural": a dot is a level.
+NAMES = {
+    "t2uv": "autoencoder.psnr t2uv.sharpness t2uv.color.top t2uv.color.bottom t2uv.color.hair t2uv.color.skin "
+    "t2uv.pattern t2uv.length t2uv.seam_error t2uv.seam_error_raw sentences.forms sentences.synonyms",
+    "i2uv": "i2uv.color.top i2uv.color.bottom i2uv.color.hair i2uv.color.skin i2uv.skin_lab i2uv.psnr i2uv.ssim",
+}
+
+
+def assert_named(measures: dict, names: str) -> None:
+    for name in names.split():
+        value = measures
+        for level in name.split("."):
+            value = value[level]
+        assert isinstance(value, float), name
 
 
 @pytest.fixture()
@@ -239,6 +257,7 @@ def test_prompts_and_pictures_and_both(run, quick, base, make_config, monkeypatc
     assert status == 0, error
     summary = json.loads(printed.splitlines()[-1])
     assert summary["i2uv"]["psnr"] > 0 and {"psnr_visible", "psnr_hidden", "ssim"} <= summary["i2uv"].keys()
+    assert_named(summary, " ".join(NAMES.values()))
     assert {"img_weight_0_25", "img_weight_0_5", "img_weight_0_75"} == summary["both"].keys()
     assert summary["i2uv"]["follows"]["picture_retrieval"]["embedded image encoder"]["count"] == 2
     status, printed, error = run("--limit=2", "--task=i2uv")

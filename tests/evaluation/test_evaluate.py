@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from embedded.painter import TOP
+from config.configuration import Inference
+from embedded.painter import SKIN, TOP
 from evaluation.procedural import (
+    SENTENCES,
+    SIZE,
     PatternClassifier,
     Tally,
     colours_named,
@@ -15,9 +18,14 @@ from evaluation.procedural import (
     score,
     score_both,
     score_pixels,
+    score_seams,
+    score_sentences,
+    score_skin,
     view_of,
     words_for,
 )
+from models.settings import GenerationSettings
+from render.rigs import load_body
 
 
 def test_lab_is_cielab():
@@ -79,3 +87,53 @@ def test_of_both_inputs_the_one_whose_colours_are_there_wins(truths):
     tally = Tally()
     score_both(tally, 0.5, told, shown, told[1].texture[:3])
     assert tally.nested()["both"]["img_weight_0_5"]["text_wins"] == 1
+
+
+def test_skin_is_compared_in_lab_and_outliers_say_little(truths):
+    tally = Tally()
+    for _, painting in truths[:5]:
+        score_skin(tally, painting, painting.texture[:3])
+    assert tally.nested()["i2uv"]["skin_lab"] == 0
+    painting = truths[0][1]
+    other = painting.texture[:3].clone()
+    other[:, painting.regions == SKIN] *= 0.5  # to black would be as far as the skin is light
+    score_skin(tally, painting, other)
+    assert tally.nested()["i2uv"]["skin_lab"] == 0, "one of six"
+    alone = Tally()
+    score_skin(alone, painting, other)
+    skin = painting.texture[:3, painting.regions == SKIN].median(1).values
+    assert alone.nested()["i2uv"]["skin_lab"] == pytest.approx((lab(skin) - lab(skin * 0.5)).norm().item(), abs=1)
+    other = painting.texture[:3].clone()
+    other[:, painting.regions != SKIN] = 0
+    score_skin(alone, painting, other)
+    assert alone.answers["i2uv.skin_lab"][-1] == 0, "what is not skin does not count"
+
+
+def test_seams_are_measured_as_the_command_writes_them_and_raw(truths):
+    settings, body = GenerationSettings.of(Inference()), load_body("anny")
+    assert settings.seam_fix and settings.size == 1024
+    generator = torch.Generator().manual_seed(0)
+    blotches = torch.nn.functional.interpolate(
+        torch.rand(1, 3, 16, 16, generator=generator), size=(SIZE, SIZE), mode="bicubic"
+    )[0].clamp(0, 1)  # which know nothing of seams
+    tally = Tally()
+    score_seams(tally, "t2uv", body, blotches, settings)
+    measures = tally.nested()["t2uv"]
+    assert measures["seam_error_raw"] > 5 and measures["seam_error"] < 1.2
+    unfixed = Tally()
+    score_seams(unfixed, "t2uv", body, blotches, settings.changed(seam_fix=False))
+    assert unfixed.nested()["t2uv"]["seam_error"] == measures["seam_error_raw"], "what the default is decides"
+
+
+@pytest.mark.parametrize("name", SENTENCES)
+def test_sentences_name_regions_and_words_that_can_be_told(name):
+    sentences = SENTENCES[name]
+    assert len({sentence for sentence, _ in sentences}) == len(sentences) > 0
+    for sentence, words in sentences:
+        assert words and all(word in words_for(region) for region, word in words.items()), sentence
+    red, tally = torch.tensor([0.77, 0.12, 0.15])[:, None, None].expand(3, SIZE, SIZE), Tally()
+    score_sentences(tally, name, [red] * len(sentences))
+    told = [words["top"] for _, words in sentences if "top" in words]
+    assert tally.answers[f"sentences.{name}"].count(1.0) >= told.count("red") > 0
+    with pytest.raises(ValueError, match="shorter"):
+        score_sentences(tally, name, [red])

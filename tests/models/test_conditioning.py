@@ -9,7 +9,6 @@ from config.configuration import Aligner
 from models.conditioning import (
     PooledAligner,
     QueryAligner,
-    blend,
     drop_conditions,
     encode_images,
     encode_prompts,
@@ -64,12 +63,6 @@ def test_whole_rows_are_dropped():
     states, null = torch.ones(3, 5, 4), torch.full((1, 5, 4), 7.0)
     dropped = drop_conditions(states, null, torch.tensor([True, False, True]))
     assert torch.equal(dropped[[0, 2]], null.expand(2, -1, -1)) and torch.equal(dropped[1], states[1])
-
-
-def test_blend_ends_are_exact():
-    text, image = torch.randn(1, 5, 4), torch.randn(1, 5, 4)
-    assert torch.equal(blend(text, image, 0), text) and torch.equal(blend(text, image, 1), image)
-    assert torch.allclose(blend(text, image, 0.25), 0.75 * text + 0.25 * image)
 
 
 def test_pictures_are_padded_not_squashed():

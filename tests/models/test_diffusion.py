@@ -5,6 +5,7 @@ from diffusers import AutoencoderDC, AutoencoderTiny, AutoModel, DDIMScheduler, 
 from common.errors import UserError
 from models.base import load_base
 from models.diffusion import (
+    blended,
     decode_latents,
     encode_posterior,
     min_snr_weight,
@@ -63,6 +64,35 @@ def test_guidance_extrapolates_from_negative_to_positive():
     latents = sample_latents(unet, noise_scheduler, [(positive, 3.0)], negative, torch.randn(1, 4, 8, 8), 5)
     assert torch.allclose(latents, clean * (0.25 + 3 * 0.75), atol=1e-3)
     assert unet.batches == [2] * 5
+
+
+def test_a_blends_middle_is_the_middle_however_hard_each_side_pulls():
+    text, picture = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+
+    def along(pull, direction):
+        return (pull * direction).sum((1, 2, 3)) / direction.flatten(1).norm(dim=1)
+
+    middle = blended([text, 0.1 * picture], (0.5, 0.5))
+    assert torch.allclose(along(middle, text), along(middle, picture), rtol=1e-4)
+    assert (along(middle, text) > 0).all() and (along(text + 0.1 * picture, picture) < along(middle, picture)).all()
+    leaning = [along(blended([text, 0.1 * picture], (1 - share, share)), picture) for share in (0.2, 0.5, 0.8)]
+    directions = [value / blended([text, 0.1 * picture], (1 - share, share)).flatten(1).norm(dim=1)
+                  for value, share in zip(leaning, (0.2, 0.5, 0.8))]  # fmt: skip
+    assert (directions[0] < directions[1]).all() and (directions[1] < directions[2]).all()
+    assert torch.allclose(blended([text, text], (0.3, 0.7)), text, atol=1e-6), "two that agree are as one"
+    assert torch.allclose(blended([text, picture], (1.0, 0.0)), text, atol=1e-6), "continuous up to its ends"
+    assert torch.equal(blended([text * 0, picture * 0], (0.5, 0.5)), text * 0)
+
+
+def test_a_blend_takes_one_more_row_of_the_unet_a_step():
+    noise_scheduler = DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, clip_sample=False)
+    unet = PerfectUNet(noise_scheduler, torch.randn(1, 4, 8, 8), by_context=True)
+    states = [torch.full((2, 2, 3), value) for value in (1.0, -0.5, 0.25)]
+    arguments = [(states[0], 3.0), (states[1], 1.0)], states[2], torch.randn(2, 4, 8, 8), 5
+    latents = sample_latents(unet, noise_scheduler, *arguments, shares=(0.5, 0.5))
+    assert unet.batches == [6] * 5 and latents.isfinite().all()
+    summed = sample_latents(unet, noise_scheduler, *arguments)
+    assert (summed - latents).abs().max() > 0.1
 
 
 def test_targets():

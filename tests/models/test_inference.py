@@ -259,6 +259,26 @@ def test_a_damaged_picture_is_left_out_and_counted(checkpoint, tmp_path, run_scr
     assert sorted(path.name for path in (tmp_path / "o").glob("*.png")) == ["1-png-0.png", "3-png-0.png"]
 
 
+def test_a_blend_repeats_itself_and_one_of_an_earlier_rule_is_refused(checkpoint, tmp_path, run_script, textures):
+    texture, again = tmp_path / "blend.png", tmp_path / "again.png"
+    made = ["--prompt", "a man", "--image", textures / "1.png", "--img-weight", 0.25, "--checkpoint", checkpoint]
+    assert run_script(infer_main, *made, "--out", texture, "--size", 16)[0] == 0
+    assert run_script(infer_main, "--settings", texture, "--out", again)[0] == 0
+    assert np.array_equal(pixels(texture), pixels(again))
+    with Image.open(texture) as image:
+        description = json.loads(image.text["parameters"])
+    assert description.pop("blend")
+    (tmp_path / "old.json").write_text(json.dumps(description))
+    repeated = ["--settings", tmp_path / "old.json", "--out", again]
+    status, _, error = run_script(infer_main, *repeated)
+    assert status == 2 and "blended as an earlier version did it" in error and error.count("\n") == 1
+    assert run_script(infer_main, *repeated, "--img-weight", 0.25)[0] == 0, "by hand it is meant"
+    assert np.array_equal(pixels(texture), pixels(again))
+    # What was no blend is repeated as ever.
+    (tmp_path / "old.json").write_text(json.dumps({**description, "images": []}))
+    assert run_script(infer_main, *repeated)[0] == 0
+
+
 def test_what_changed_since_is_not_repeated_unseen(checkpoint, tmp_path, run_script, textures):
     picture, texture = tmp_path / "person.png", tmp_path / "texture.png"
     Image.open(textures / "1.png").save(picture)

@@ -47,6 +47,18 @@ def test_weights_of_0_and_1_are_one_input_alone_to_the_bit(pipeline, person):
     assert np.abs(pixels(pipeline("a man", [person], size=64)[0]) - pixels(text)).max() > 0
 
 
+def test_each_end_of_a_blend_has_its_own_guidance_scale(checkpoint, person):  # noqa: F811
+    scales = ["inference.guidance_scale=5", "inference.image_guidance_scale=2"]
+    pipeline = TexturePipeline.from_pretrained(checkpoint, overrides=scales)
+    for weight, alone in ((0.0, {"prompt": "a man"}), (1.0, {"images": [person]})):
+        (end,) = pipeline("a man", [person], img_weight=weight, size=64)
+        assert np.array_equal(pixels(end), pixels(pipeline(**alone, size=64)[0]))
+    # Rows that are guided otherwise are made apart, in the order they were given.
+    together = pipeline(["a man", None], [[], [person]], seeds=[0, 0], size=64)
+    for one, alone in zip(together, ({"prompt": "a man"}, {"images": [person]})):
+        assert np.abs(pixels(one) - pixels(pipeline(**alone, size=64)[0])).max() <= 1
+
+
 def test_two_guidance_scales_pull_apart(pipeline, person):
     (text,) = pipeline(prompt="a man", guidance_scale=3.0, size=64)
     (alone,) = pipeline("a man", [person], text_guidance=3.0, image_guidance=0.0, size=64)
@@ -72,6 +84,10 @@ def test_different_people_are_made_at_once(pipeline, person):
     ]
     for one, other in zip(together, alone):
         assert np.abs(pixels(one) - pixels(other)).max() <= 1
+    blend = pipeline("a man", [person], seeds=[1], size=64)
+    assert np.abs(pixels(together[0]) - pixels(blend[0])).max() <= 1
+    with pytest.raises(UserError, match="nothing to make a texture from"):
+        pipeline(["a man", None], [[person], []], seeds=[1, 2])
     with pytest.raises(UserError, match="2 prompts"):
         pipeline(["a man", "a woman"], seeds=[1, 2, 3])
 
