@@ -20,16 +20,19 @@ from render.lights import Lights, polynomial
 from render.rasteriser import blend_corners, interpolate, rasterize, rasterize_uv, take
 from render.uv_space import mirrored_texels
 
-STEEPEST = 0.12  # cosine between a texel's normal and the way to the camera, below which it is not read
-JUMP = 6.0  # pixels' widths on the body between neighbours, from which on one hides what is behind it
+STEEPEST = 0.1  # cosine between a texel's normal and the way to the camera, below which it is not read
+JUMP = 10.0  # pixels' widths on the body between neighbours, from which on one hides what is behind it
 EDGE = 0.01  # of a picture's height: so near to an edge of the body texels weigh less
-FULL_WEIGHT = 0.06  # from which on a texel keeps the picture's colour altogether
+FULL_WEIGHT = 0.02  # from which on a texel keeps the picture's colour altogether
 NEIGHBOURS = 4  # pixels whose places on the body tell where a texel lies in the picture
 REACH = 3.0  # of the usual way between neighbouring pixels on the body, from a texel to the nearest pixel
 DARKEST = 0.05  # light that is divided out, at least
 PAIR_STEPS = (3, 8)  # pixels between two places whose colours are compared to tell the light from the cloth
 SMOOTH = 0.05  # of log colour: a difference this large between two places is half the cloth's
 MIRROR_SHARE = 0.999  # of a weight that a mirrored texel keeps: what is seen itself goes first
+CARRIED = 0.04  # metres on the body: so far from what is seen, the rest takes most of its correction
+TURN = 0.03  # metres on the body, that a turn of the normal by a radian counts for
+CARRIERS = 8  # seen texels that correct an unseen one
 CLIPPED = 254 / 255  # colours from here on may have been brighter
 
 
@@ -232,3 +235,23 @@ def merge(
     colours = (total / weights.clamp(min=1e-9)[:, None]).T.view(3, size, size)
     sure = (weights / FULL_WEIGHT).clamp(max=1).view(size, size)
     return torch.where(sure > 0, colours * 2 - 1, 0), sure
+
+
+def blend_in(body: Body, texture: Tensor, colours: Tensor, sure: Tensor) -> Tensor:
+    """A generated texture (3, S, S) whose unseen texels are corrected as their nearest seen ones on the body would be,
+    less and less with the distance, so that no outline of what was seen shows. colours, sure: of `merge`, at S."""
+    fragments = rasterize_uv(body, texture.shape[-1])
+    seen = (sure.flatten()[fragments.pixel] > 0.5).nonzero()[:, 0]
+    if len(seen) < CARRIERS:
+        return texture
+    position = interpolate(fragments, body.faces, body.vertices)
+    normal = interpolate(fragments, body.faces, vertex_normals(body.vertices, body.faces))
+    places = torch.cat([position, TURN * normal], dim=1).numpy()
+    distance, nearest = cKDTree(places[seen.numpy()]).query(places, k=CARRIERS)
+    distance, nearest = torch.from_numpy(distance).float(), torch.from_numpy(nearest)
+    flat = texture.flatten(1).clone()
+    missing = (colours.flatten(1) - flat)[:, fragments.pixel[seen]]  # (3, seen)
+    shares = 1 / (distance + 0.005)
+    carried = (missing[:, nearest] * shares).sum(-1) / shares.sum(-1)
+    flat[:, fragments.pixel] += carried * (-distance[:, 0] / CARRIED).exp()
+    return flat.view_as(texture)

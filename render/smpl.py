@@ -167,6 +167,48 @@ class ArraysOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no body model needs")
 
 
+class JoblibArray:
+    """Stands for joblib's wrapper of an array, whose values follow it in the file."""
+
+    def __setstate__(self, state):
+        self.shape, self.order, self.array_type = state["shape"], state["order"], state["dtype"]
+        self.alignment = state.get("numpy_array_alignment_bytes")
+
+    def read(self, file) -> np.ndarray:
+        if self.array_type.dtype.hasobject:
+            raise pickle.UnpicklingError("an array of objects")
+        if self.alignment is not None:  # a byte says how many of padding follow
+            file.read(file.read(1)[0])
+        size = int(np.prod(self.shape, dtype=np.int64)) * self.array_type.dtype.itemsize
+        return _numbers(file.read(size), self.array_type).reshape(self.shape, order=self.order)
+
+
+class JoblibArraysOnly(pickle._Unpickler):
+    """The same of what `joblib.dump` wrote, uncompressed. In Python: C's unpickler does not say where it is."""
+
+    def __init__(self, file):
+        super().__init__(file, encoding="latin1")
+        self.file, self.classes = file, ArraysOnly(file)
+
+    def find_class(self, module, name):
+        if (module, name) == ("joblib.numpy_pickle", "NumpyArrayWrapper"):
+            return JoblibArray
+        return self.classes.find_class(module, name)
+
+    def load_build(self):
+        super().load_build()
+        if isinstance(self.stack[-1], JoblibArray):
+            self.stack[-1] = self.stack[-1].read(self.file)
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
+
+
+def _unpickler(file) -> pickle.Unpickler | pickle._Unpickler:
+    start = file.read(1 << 16)
+    file.seek(0)
+    return JoblibArraysOnly(file) if b"NumpyArrayWrapper" in start else ArraysOnly(file, encoding="latin1")
+
+
 def _plain(value):
     """A numpy array for what stands for one."""
     if isinstance(value, Array | ChumpyArray | SparseArray):
@@ -179,7 +221,7 @@ def read_arrays(path: Path) -> dict:
     try:
         if path.suffix == ".pkl":
             with open(path, "rb") as file:
-                loaded = ArraysOnly(file, encoding="latin1").load()
+                loaded = _unpickler(file).load()
             if not isinstance(loaded, dict):
                 raise pickle.UnpicklingError(f"it holds a {type(loaded).__name__}, not a dictionary of arrays")
             return _plain(loaded)
