@@ -100,7 +100,7 @@ def _flat(values: dict) -> dict:
 
 
 def _numbers(values: dict, name: str, *shapes: tuple[int, ...]) -> np.ndarray:
-    """values[name] as the first of `shapes` that it has the size of. Raises UserError for none, and for several people."""
+    """values[name] in the first of `shapes` that it has the size of. Raises UserError for none, and several people."""
     array = np.asarray(values[name], dtype=np.float64)
     for shape in shapes:
         if array.size == np.prod(shape, dtype=int):

@@ -20,6 +20,8 @@ from common.files import content_hash
 from common.pictures import image_from_pixels, open_image, pixels_from_image
 from config.configuration import DEFAULT_CONFIG, load_config
 from lora_utils import merge_lora
+from models.base import resolve_source
+from models.body_map import load_body_map
 from models.checkpoints import TrainedModel, load_trained, newest_checkpoint
 from models.conditioning import blend, same_length
 from models.diffusion import autocast, encode_posterior, resolve_precision
@@ -44,6 +46,7 @@ class TexturePipeline:
         self.body_spec = trained.cfg.data.body or "anny"
         self.body = load_body(self.body_spec)
         self.settings = GenerationSettings.of(trained.cfg.inference)
+        self.body_map = None  # read when it is first wanted
 
     @classmethod
     def from_pretrained(
@@ -125,9 +128,7 @@ class TexturePipeline:
             textures = [self._blended(texture, partials[row % len(partials)]) for row, texture in enumerate(textures)]
         if not edits:
             edits = [(None, None)]
-        return [
-            self._finished(texture, *edits[row % len(edits)], settings) for row, texture in enumerate(textures)
-        ]
+        return [self._finished(texture, *edits[row % len(edits)], settings) for row, texture in enumerate(textures)]
 
     def own_pixels(
         self,
@@ -153,9 +154,19 @@ class TexturePipeline:
         for number, sighting in enumerate(sightings, 1):
             share = len(sighting.texel) / uv_mask(self.body, settings.size).sum().item()
             if share < LEAST_SEEN:
-                raise UserError(f"picture {number} shows {share:.1%} of the body that its fit describes: is it its own?")
+                raise UserError(f"picture {number} shows {share:.1%} of the body that its fit describes; give its own")
         colours, sure = merge(self.body, pixels, sightings, settings.relight, settings.mirror_fill)
         return image_from_pixels(torch.cat([colours, sure[None] * 2 - 1]))
+
+    def find_body(self, image: Image.Image, size: int) -> Sighting:
+        """Where a picture shows the texels of a size x size texture, by the base's body map. Raises UserError for a
+        base without one, and for another body than Anny."""
+        if self.body_spec != "anny":
+            raise UserError(f"--fit auto knows Anny alone, not the body {self.body_spec!r}: give a file with --fit")
+        if self.body_map is None:
+            base = self.trained.cfg.model.pretrained_model
+            self.body_map = load_body_map(resolve_source(base), self.trained.base.device)
+        return self.body_map.sight(image, self.body, size)
 
     def _edit_of(self, partial: Image.Image) -> tuple[Image.Image, Image.Image]:
         """A partial texture as a texture to start from, and a mask of what is made anew: what it does not show."""

@@ -35,8 +35,9 @@ class GenerationSettings:
 
     img_weight: of a picture given with a prompt, 0 text alone to 1 picture alone; None: the two are not blended, but
     pull with text_guidance and image_guidance. These two are also the scales of a prompt and of a picture that come
-    alone; guidance_scale is the blend's. strength: share of an edited texture that is made anew. size: side in texels. relight: the light
-    of a fitted picture is divided out of its pixels; mirror_fill: what it hides on one side is taken from the other.
+    alone; guidance_scale is the blend's. strength: share of an edited texture that is made anew. size: side in texels.
+    relight: the light of a fitted picture is divided out of its pixels; mirror_fill: what it hides on one side is taken
+    from the other.
     """
 
     num_inference_steps: int

@@ -5,9 +5,8 @@ pixel where on the resting body it lies. Pixels are in [-1, 1], pictures (3, H, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt
 from scipy.spatial import cKDTree
@@ -68,6 +67,10 @@ class Sighting:
         chosen = (getattr(self, name)[index] for name in ("texel", "x", "y", "weight", "normal"))
         light = None if self.light is None else self.light[index]
         return Sighting(self.size, *chosen, light, self.is_pure)
+
+    def lit(self, light: Tensor) -> "Sighting":
+        """The same in a light (K, 3)."""
+        return replace(self, light=light)
 
 
 def sight_fit(body: Body, fit: Fit, height: int, width: int, size: int) -> Sighting:

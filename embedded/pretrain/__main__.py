@@ -3,7 +3,7 @@
     python -m embedded.pretrain --out embedded/base      # an hour and a half on 2 cores; continues where it stopped
     python -m embedded.pretrain --stage autoencoder      # one stage, on what earlier ones wrote to --out
 
-Six stages, each on captioned renders of procedurally dressed bodies, on their textures in other UV layouts and on
+Seven stages, each on captioned renders of procedurally dressed bodies, on their textures in other UV layouts and on
 patchworks of fabric; no picture shows a texture in Anny's own layout, so making those is left to the joint training.
 """
 
@@ -18,6 +18,7 @@ import torch
 from common.errors import UserError, exit_on_user_error
 from common.files import check_writable, write_whole
 from embedded.pretrain.autoencoder import train_autoencoder
+from embedded.pretrain.body_map import train_body_map
 from embedded.pretrain.card import write_index_and_card
 from embedded.pretrain.contrastive import train_contrastive
 from embedded.pretrain.image_encoder import train_image_encoder
@@ -48,6 +49,7 @@ STAGES = {
     "contrastive": Stage(train_contrastive, 750, "feature_extractor", ("tokenizer",)),
     "text_encoder": Stage(train_text_encoder, 1200, "text_encoder", ("tokenizer", "contrastive")),
     "image_encoder": Stage(train_image_encoder, 4800, "image_encoder", ("tokenizer", "contrastive", "text_encoder")),
+    "body_map": Stage(train_body_map, 4000, "body_map"),
     "autoencoder": Stage(train_autoencoder, 2600, "vae"),
     "unet": Stage(train_unet, 3600, "unet", ("tokenizer", "contrastive", "text_encoder", "autoencoder")),
 }
