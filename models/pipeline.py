@@ -34,6 +34,7 @@ from render.rigs import load_body
 from render.uv_space import body_pixels, uv_mask
 
 LARGEST_HASHED = 1 << 30  # bytes
+FINEST = 2  # pixels of a picture's side for each texel of a texture's
 LEAST_SEEN = 0.02  # of the body's texels, that a fitted picture is to show
 
 
@@ -146,16 +147,19 @@ class TexturePipeline:
         settings = self.settings.changed(size=size, relight=relight, mirror_fill=mirror_fill)
         if len(images) != len(sightings):
             raise UserError(f"{len(sightings)} fits for {len(images)} pictures: give one for each")
-        pixels = [pixels_from_image(image.convert("RGB")) for image in images]
-        sightings = [
-            sight_fit(self.body, sighting, *picture.shape[1:], settings.size) if isinstance(sighting, Fit) else sighting
-            for picture, sighting in zip(pixels, sightings)
-        ]
-        for number, sighting in enumerate(sightings, 1):
+        pixels, sighted = [], []
+        for image, sighting in zip(images, sightings):
+            image = image.convert("RGB")
+            if isinstance(sighting, Fit):  # finer pixels than these say nothing more of a texel
+                image.thumbnail((FINEST * settings.size,) * 2, Image.Resampling.LANCZOS)
+                sighting = sight_fit(self.body, sighting, image.height, image.width, settings.size)
+            pixels.append(pixels_from_image(image))
+            sighted.append(sighting)
+        for number, sighting in enumerate(sighted, 1):
             share = len(sighting.texel) / uv_mask(self.body, settings.size).sum().item()
             if share < LEAST_SEEN:
                 raise UserError(f"picture {number} shows {share:.1%} of the body that its fit describes; give its own")
-        colours, sure = merge(self.body, pixels, sightings, settings.relight, settings.mirror_fill)
+        colours, sure = merge(self.body, pixels, sighted, settings.relight, settings.mirror_fill)
         return image_from_pixels(torch.cat([colours, sure[None] * 2 - 1]))
 
     def find_body(self, image: Image.Image, size: int) -> Sighting:

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 from render.bodies import Body, vertex_normals
 from render.cameras import Cameras
 from render.lights import Lights, polynomial
-from render.rasteriser import blend_corners, interpolate, rasterize, rasterize_uv, take
+from render.rasteriser import interpolate, rasterize, rasterize_uv
 from render.uv_space import mirrored_texels
 
 STEEPEST = 0.1  # cosine between a texel's normal and the way to the camera, below which it is not read
+FINER = 2  # of a pixel's side: what lies in it is told by so many times as many rows and columns
 JUMP = 10.0  # pixels' widths on the body between neighbours, from which on one hides what is behind it
 EDGE = 0.01  # of a picture's height: so near to an edge of the body texels weigh less
 FULL_WEIGHT = 0.02  # from which on a texel keeps the picture's colour altogether
@@ -85,29 +86,33 @@ def sight_fit(body: Body, fit: Fit, height: int, width: int, size: int) -> Sight
     x, y, depth = fit.cameras.project(position, height, width)[0].unbind(-1)
     is_near = (cosine > STEEPEST) & (depth > 0) & (x >= 0) & (x < width) & (y >= 0) & (y < height)
 
-    shown = rasterize(fit.vertices, body.faces, fit.cameras, height, width)
-    corners = fit.vertices[body.faces].flatten(1)
-    surface = shown.dense(blend_corners(shown.barycentrics, take(corners, shown.face)), torch.inf)[0]  # (H, W, 3)
-    footprint = shown.dense(shown.depth, torch.inf)[0] / (fit.cameras.focal[0] * height)  # metres a pixel
-    is_edge = _edges(surface, footprint)
+    shown = rasterize(fit.vertices, body.faces, fit.cameras, height * FINER, width * FINER)
+    # Where a place is in the picture and on the resting body: a hand before the trunk is far from it in one of the two.
+    places = torch.cat([fit.vertices, body.vertices], dim=1) / 2**0.5
+    surface = shown.dense(interpolate(shown, body.faces, places), torch.inf)[0]  # (2H, 2W, 6)
+    footprint = shown.dense(shown.depth, torch.inf)[0] / (fit.cameras.focal[0] * height * FINER)  # metres
+    edges = _edges(surface, footprint).unflatten(1, (width, FINER)).unflatten(0, (height, FINER))
+    is_edge = edges.any(3).any(1)
     ways = torch.from_numpy(distance_transform_edt(~is_edge.numpy())).float()
 
     kept = is_near.nonzero()[:, 0]
     row, column = y[kept].long(), x[kept].long()
-    gap = (surface[row, column] - position[kept]).norm(dim=-1)
-    is_shown = gap < 1.5 * footprint[row, column] / cosine[kept]
+    finer = (y[kept] * FINER).long(), (x[kept] * FINER).long()
+    own = interpolate(fragments, body.faces, places)[kept]
+    gap = (surface[finer] - own).norm(dim=-1)
+    is_shown = gap < 1.5 * footprint[finer] / cosine[kept]
     closeness = (ways[row, column] / (EDGE * height)).clamp(max=1)
     weight = cosine[kept] ** 2 * closeness
     sighting = Sighting(
         size, fragments.pixel[kept], x[kept], y[kept], weight, normal[kept], None if light is None else light[kept],
-        ~is_edge & surface.isfinite().all(-1),
+        ~is_edge & surface[::FINER, ::FINER].isfinite().all(-1),
     )  # fmt: skip
     return sighting.take(is_shown & (weight > 0))
 
 
 def _edges(surface: Tensor, footprint: Tensor) -> Tensor:
     """Pixels (H, W) on either side of the body's outline, or of a limb before the rest of it; those at the picture's
-    edge are none. surface: (H, W, 3) metres, inf beside the body; footprint: (H, W) metres."""
+    edge are none. surface: (H, W, C) metres, inf beside the body; footprint: (H, W) metres."""
     is_body = surface.isfinite().all(-1)
     is_edge = torch.zeros_like(is_body)
     for axis in (0, 1):

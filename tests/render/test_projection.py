@@ -23,12 +23,11 @@ from render.cameras import orbit_cameras
 from render.densepose import PARTS, SMPL_VERTICES, chart_places, read_iuv
 from render.lights import Lights, ambient_light
 from render.projection import Fit, blend_in, estimate_light, merge, sight_fit, sight_map
-from render.rasteriser import interpolate, rasterize
-from render.regions import region_mask
+from render.rasteriser import interpolate, rasterize, rasterize_uv
 from render.rigs import load_rig
 from render.shading import render_views
 from render.smpl import load_model, model_files, read_arrays, split_spec
-from render.uv_space import uv_mask
+from render.uv_space import fill_outside, uv_mask
 
 SIDE = 128
 
@@ -77,16 +76,18 @@ def test_a_checker_comes_back_from_an_exact_fit(anny):
 def test_neither_background_nor_limbs_behind_bleed_in(anny):
     """The arms alone are red, the rest gray, before bright green: no texel turns green, none of the trunk's red."""
     rig, _, vertices = anny
-    texture = torch.zeros(3, SIDE, SIDE)
-    arms = region_mask(rig.body, "arms", SIDE) > 0
-    texture[:, arms] = torch.tensor([1.0, -1, -1])[:, None]
+    fragments = rasterize_uv(rig.body, SIDE)
+    places = interpolate(fragments, rig.body.faces, rig.body.vertices)  # metres, at rest
+    aside = places[:, 0].abs()
+    red_arms = torch.where(aside > 0.27, torch.tensor([[1.0], [-1.0], [-1.0]]), 0.0)
+    texture = fill_outside(fragments.dense(red_arms.T)[0].permute(2, 0, 1), fragments.mask[0])
+    far = fragments.dense((aside < 0.23) & (places[:, 1] > 0.5))[0]  # the shoes lie beside the hands in the texture
     for azimuth in (0.0, 60.0, 300.0):
         picture, fit = shot(rig.body, vertices, texture, azimuth)
         colours, sure = merge(rig.body, [picture], [sight_fit(rig.body, fit, 256, 192, SIDE)])
         seen = sure > 0
         red, green, _ = colours
         assert (green - torch.maximum(red, colours[2]))[seen].max() < 0.1, "the background bled in"
-        far = torch.nn.functional.max_pool2d(arms[None].float(), 9, 1, 4)[0] == 0
         assert (red - green)[seen & far].max() < 0.1, "an arm bled onto what is behind it"
 
 
@@ -366,7 +367,7 @@ def test_a_hostile_fit_runs_nothing(tmp_path):
 
 
 def test_smplify_x(tmp_path, mesh, chumpy, capsys):  # noqa: F811
-    """Axis-angle rows, a camera's rotation and translation: pixel = 5000 x / z + middle, unless a focal length is told."""
+    """Axis-angle, a camera's rotation and translation: pixel = 5000 x / z + middle, or the focal length it tells."""
     spec, someone = write_model(tmp_path / "m", "smplx", ".npz", mesh, chumpy), person(2, 21)
     height, width, translation = 240, 320, np.array([0.1, -0.2, 40.0])
     turn = Rotation.from_euler("z", 4, degrees=True)
@@ -446,8 +447,8 @@ def test_an_iuv_picture_leads_to_the_texels_of_its_parts(tmp_path):
     body, table = plates()
     savemat(tmp_path / "UV_Processed.mat", table)
     places = chart_places(str(tmp_path / "UV_Processed.mat"), body)
-    assert torch.allclose(places[0, 0, 255], body.vertices[1], atol=1e-3), "u runs to the right"
-    assert torch.allclose(places[7, 255, 0], body.vertices[4 * 7 + 3], atol=1e-3), "v runs up"
+    assert torch.allclose(places[0, 0, 255], body.vertices[1], atol=2e-3), "u runs to the right"
+    assert torch.allclose(places[7, 255, 0], body.vertices[4 * 7 + 3], atol=2e-3), "v runs up"
     # Part 9 fills the picture's middle, upright as it stands.
     height, width, part = 80, 60, 9
     iuv = np.zeros((height, width, 3), np.uint8)
