@@ -3,7 +3,7 @@
     python -m embedded.pretrain --out embedded/base      # an hour and a half on 2 cores; continues where it stopped
     python -m embedded.pretrain --stage autoencoder      # one stage, on what earlier ones wrote to --out
 
-Six stages, each on captioned renders of procedurally dressed bodies, on their textures in other UV layouts and on
+Seven stages, each on captioned renders of procedurally dressed bodies, on their textures in other UV layouts and on
 painted pictures of anything; no picture shows a texture in Anny's own layout, so making those is left to the joint
 training. `unet` needs the encoder that `latents` fits, not the decoder that `autoencoder` trains: two processes may run
 these two stages at once.
@@ -20,6 +20,7 @@ import torch
 from common.errors import UserError, exit_on_user_error
 from common.files import check_writable, write_whole
 from embedded.pretrain.autoencoder import train_autoencoder
+from embedded.pretrain.body_map import train_body_map
 from embedded.pretrain.card import write_index_and_card
 from embedded.pretrain.image_encoder import train_image_encoder
 from embedded.pretrain.latents import build_latents
@@ -52,6 +53,7 @@ STAGES = {
     "latents": Stage(build_latents, 0, "vae"),
     "unet": Stage(train_unet, 5000, "unet", ("tokenizer", "text_encoder", "latents")),
     "autoencoder": Stage(train_autoencoder, 16000, "vae", ("latents",)),
+    "body_map": Stage(train_body_map, 4000, "body_map"),
 }
 
 
