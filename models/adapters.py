@@ -160,7 +160,7 @@ def load_adapters(base: BaseModel, adapters: Sequence[tuple[Path, float]], base_
     """Puts adapters on a checkpoint, each with its weight, and merges all: W + Σ weight · alpha / r · up @ down.
 
     base_weights: `weights_hash` of the checkpoint. Raises UserError for an adapter of another checkpoint, for two that
-    have one word, and for weights that do not fit; the base has then none of them.
+    have one word, and for weights that do not fit.
     """
     said = [read_adapter(folder) for folder, _ in adapters]
     for (folder, _), adapter in zip(adapters, said):

@@ -23,6 +23,7 @@ from common.files import check_writable
 from common.progress import progress
 from config.configuration import Config, dump_config
 from models.checkpoints import drop_old_checkpoints, load_state, newest_state, save_checkpoint
+from models.diffusion import autocast
 from training.monitoring import RunLog, estimate, report, sample_grid
 from training.objective import RowDraws, batch_losses, row_generator, validation_losses
 from training.personal import adapter_of
@@ -88,7 +89,7 @@ def train(
                 evaluate(run, log, global_step)
             is_best = False
             if run.watch and (is_last or global_step % cfg.personal.measure_every == 0):
-                with log.paused(), run.averaged(), run.evaluating():
+                with log.paused(), run.averaged(), run.evaluating(), autocast(run.base.device, run.precision):
                     measure = run.watch.measure(global_step)
                 log.scalars({"personal/identity": measure.identity, "personal/prior": measure.prior}, global_step)
                 is_best, is_last = measure is run.watch.best, is_last or run.watch.is_over

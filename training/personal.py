@@ -5,7 +5,9 @@ the last steps did not train on; and prior, how near textures of the class stay 
 score: the step with the highest is kept, and where it rises no more, training ends.
 """
 
+import itertools
 import json
+import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,13 +26,13 @@ from common.errors import UserError
 from common.files import write_whole
 from common.pictures import encode_image
 from config.configuration import Config, LoRA
-from embedded.grammar import BOTTOMS, COLOURS, HAIR, TOPS, sample_outfit
+from embedded.grammar import BOTTOMS, COLOURS, HAIR, TOPS, sample_outfit, with_article
 from lora_utils import add_lora, bake_lora
 from models.adapters import Adapter, add_word, noun_vector
 from models.base import BaseModel
 from models.checkpoints import RESUME_FILE, TrainedModel
 from models.conditioning import encode_prompts, same_length
-from models.diffusion import encode_posterior
+from models.diffusion import encode_posterior, sample_posterior
 from models.generation import generate, prompt_condition, templated
 from models.lora_files import load_lora
 from render.bodies import Body
@@ -40,6 +42,8 @@ from render.shading import render_views
 
 MEASURES_FILE = "measures.json"
 PRIOR_PROMPTS, EDITS = 32, 36
+# Regions that words may change: how such words begin, what is worn there, in which colours.
+EDITED = {"top": ("in", TOPS, COLOURS), "bottom": ("in", BOTTOMS, COLOURS), "hair": ("with", ("hair",), HAIR)}
 VIEWS, VIEW_SIZE = (0.0, 90.0, 180.0, 270.0), 64  # azimuths, pixels: what the measures look at
 FIRST_SEED = 1_000  # of the measures
 CURVE_SIZE, MARGIN = (640, 400), 40  # of the picture of the curve, in pixels
@@ -68,7 +72,9 @@ def build_examples(cfg: Config, folder: str, size: int) -> Path:
     word = cfg.personal.class_prompt if is_class else cfg.personal.word
     source = Examples(folder, cfg.data.body or "anny", word, cfg.personal.class_prompt, *[None] * is_class)
     root = Path(cfg.data.cache_dir) / f"examples-{source.fingerprint()}"
-    return build_dataset(source, source.body, 0, root, size, size)
+    build_dataset(source, source.body, 0, root, size, size)
+    processes.wait()
+    return root
 
 
 @dataclass
@@ -139,15 +145,13 @@ def prior_prompts(class_prompt: str) -> list[str]:
 
 
 def edit_words(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
-    """Regions of the body, each with words for another look of it that follow a name."""
+    """Regions of the body, each with words for another look of it that follow a name, as a sentence or as a list."""
     words = []
-    for number in range(count):
-        region, forms = [("top", (" in a {}", ", {}")), ("bottom", (" in {}", ", {}")), ("hair", (" with {}", ", {}"))][
-            number % 3
-        ]
-        nouns, colours = {"top": (TOPS, COLOURS), "bottom": (BOTTOMS, COLOURS), "hair": (("hair",), HAIR)}[region]
+    for number, region in zip(range(count), itertools.cycle(EDITED)):
+        preposition, nouns, colours = EDITED[region]
         look = f"{rng.choice(list(colours))} {rng.choice(nouns)}"
-        words.append((region, forms[number // 3 % 2].format(look)))
+        worn = with_article(look) if region == "top" else look
+        words.append((region, f" {preposition} {worn}" if number % 2 else f", {look}"))
     return words
 
 
@@ -166,8 +170,9 @@ def make_lessons(cfg: Config, base: BaseModel, body: Body, resolution: int) -> L
     prompts, latents = prior_prompts(personal.class_prompt), None
     if personal.class_images is not None:
         rows = ATLASLarge(build_examples(cfg, personal.class_images, resolution), False, resolution)
-        means = [encode_posterior(base.vae, rows.texture(row)[None].to(base.device))[0] for row in range(len(rows))]
-        prompts, latents = rows.prompts, torch.cat(means) * base.vae.config.scaling_factor
+        posteriors = [encode_posterior(base.vae, rows.texture(row)[None].to(base.device)) for row in range(len(rows))]
+        means = [sample_posterior(base.vae, mean, std, torch.zeros_like(mean)) for mean, std in posteriors]
+        prompts, latents = rows.prompts, torch.cat(means)
     outside, edits = None if personal.region is None else 1 - in_latents(personal.region), []
     if personal.region is None:
         for region, words in edit_words(np.random.default_rng(1), EDITS):
@@ -212,7 +217,7 @@ class Watch:
         self.base_distance = []  # of each example to what the base makes of its prompt with the class for the word
         textures_of_prompts = {}
         for number, prompt in enumerate(self.prompts):
-            prompt = prompt.replace(personal.word, personal.class_prompt)
+            prompt = re.sub(rf"\b{personal.word}\b", lambda _: personal.class_prompt, prompt, flags=re.IGNORECASE)
             if prompt not in textures_of_prompts:
                 textures_of_prompts[prompt] = self.textures([prompt])
             self.base_distance.append(self.distance_to(number, textures_of_prompts[prompt]))
