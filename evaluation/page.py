@@ -35,17 +35,19 @@ h3 { font-size: 1.05rem; margin: 2rem 0 .5rem }
 p { max-width: 75ch; margin: .5rem 0; overflow-wrap: anywhere }
 code { font: .88em ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere }
 .warning { border-left: 4px solid #9a6700; background: #fff8e5; padding: .6rem .9rem }
-table { border-collapse: collapse; width: 100% }
+table { border-collapse: collapse; width: 100%; table-layout: fixed }
 th, td { text-align: left; vertical-align: top; padding: .4rem 1rem .4rem 0; border-bottom: 1px solid #d8dee4 }
 thead th { border-bottom: 2px solid #59636e }
+tbody th code { overflow-wrap: normal }
 tbody th { font-weight: 400 }
 .family th { font-weight: 700; padding-top: 1.5rem; border-bottom-color: #59636e }
 .network, .interval, .reason, figcaption, .better { color: #595959 }
 .network { display: block; font-size: .85rem; line-height: 1.3 }
-.value { font-weight: 600; font-variant-numeric: tabular-nums; white-space: nowrap }
-.interval { display: block; font-size: .82rem; font-variant-numeric: tabular-nums; white-space: nowrap }
-.reason { font-size: .85rem }
+.value { font-weight: 600; font-variant-numeric: tabular-nums }
+.interval { display: block; font-size: .82rem; line-height: 1.4; font-variant-numeric: tabular-nums }
+.reason { font-size: .85rem; line-height: 1.4; overflow-wrap: anywhere }
 .case { margin: 2rem 0 0; padding-top: 1rem; border-top: 1px solid #d8dee4 }
+.case h3 { margin: 0 }
 .row { display: grid; grid-template-columns: repeat(5, 1fr); gap: .5rem; margin-top: .75rem }
 figure { margin: 0 } figcaption { font-size: .85rem; line-height: 1.3; margin-top: .2rem }
 img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: #f6f8fa }
@@ -92,7 +94,7 @@ def _table(results: dict) -> str:
     """A row a measure, a column a task; what could be had of none stands below, with the reason."""
     tasks, families = results["tasks"], list(FAMILIES)
     names = dict.fromkeys(name for measures in tasks.values() for name in measures["figures"])
-    names = sorted(names, key=lambda name: families.index(name.partition(".")[0]))
+    names = sorted(names, key=lambda name: (families.index(name.partition(".")[0]), name.count(".")))
     heads = "".join(f'<th scope="col">{html.escape(TITLES[task])}</th>' for task in tasks)
     rows, reasons, family = [], {}, ""
     for name in names:
@@ -155,7 +157,7 @@ def _cases(samples: EvaluationSet, measures: Measures, textures: Callable, task:
     name, values = ranked
     cases = [f"<p>By <code>{html.escape(name)}</code>.</p>"]
     for case, number in chosen_cases(values).items():
-        told = f"{case}: <code>{shown(values[number].item())}</code>, sample {html.escape(samples.names[number])}"
+        told = f"{case.capitalize()}: {shown(values[number].item())}, sample {html.escape(samples.names[number])}"
         prompt = html.escape(samples.prompts[number])
         prompt = f"“{prompt}”" if task != "i2uv" else f"from the picture alone; it shows “{prompt}”"
         rows = [_row(samples, textures(number), "made")]
@@ -163,7 +165,7 @@ def _cases(samples: EvaluationSet, measures: Measures, textures: Callable, task:
             rows.append(_row(samples, samples.truth(number), "true"))
         if task == "i2uv" and samples.picture:
             rows.insert(0, f'<div class="picture">{_figure(samples.picture(number), "the picture")}</div>')
-        cases.append(f'<div class="case"><p><b>{told}</b></p><p>{prompt}</p>{"".join(rows)}</div>')
+        cases.append(f'<div class="case"><h3>{told}</h3><p>{prompt}</p>{"".join(rows)}</div>')
     return "".join(cases)
 
 

@@ -58,4 +58,6 @@ def test_warnings_stand_in_every_report(mesh):
     samples = EvaluationSet("d", f"obj:{mesh}", 8, ["0"], ["a man"], warnings=["seen <before>"])
     results = results_of(samples, {}, {"base": "x"}, {})
     assert results["warnings"] == ["seen <before>"] and "**Warning:** seen <before>." in markdown(results)
-    assert "<b>Warning:</b> seen &lt;before&gt;." in page(results, samples, {}, {})
+    text = page(results, samples, {}, {})
+    assert "<b>Warning:</b> seen &lt;before&gt;." in text
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text, "or phones show it small"
