@@ -33,6 +33,7 @@ more. The decoder began as their pseudo-inverse and learned what lies across blo
 so let it stop at the latents:
 
 ```python
+pipeline = StableDiffusionPipeline.from_pretrained("embedded/base", torch_dtype=torch.float32)
 latents = pipeline(prompt, output_type="latent").images
 pixels = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample  # (B, 3, 256, 256) in [-1, 1]
 ```

@@ -46,7 +46,7 @@ def test_pretraining_writes_a_base_and_resumes(small_run, monkeypatch, tmp_path)
     unet_done, decoder_done = (Path(f"work/stages/{name}.json").stat().st_mtime for name in ("unet", "autoencoder"))
     assert unet_done < decoder_done, "the UNet needs no trained decoder"
     assert base.vae_scale == 8 and base.unet.config.in_channels == base.vae.config.latent_channels == 24
-    plain = StableDiffusionPipeline.from_pretrained("base")
+    plain = StableDiffusionPipeline.from_pretrained("base", torch_dtype=torch.float32)
     plain.set_progress_bar_config(disable=True)
     sampled = plain("a man", num_inference_steps=2, output_type="latent").images
     with torch.no_grad():
