@@ -171,7 +171,7 @@ def read_colours(picture: Tensor, sighting: Sighting) -> Tensor:
     x, y, is_pure = sighting.x, sighting.y, sighting.is_pure[None].float()
     beside = (sighting.texel.diff() == 1).nonzero()[:, 0]
     step = torch.hypot(x.diff()[beside], y.diff()[beside])
-    coarser = max(1, round(step.median().item())) if len(step) else 1
+    coarser = max(1, int(step.median())) if len(step) else 1
     carried = torch.cat([picture * is_pure, is_pure])[None]
     if coarser > 1:
         carried = F.avg_pool2d(carried, coarser, ceil_mode=True, count_include_pad=False)
