@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from embedded.grammar import ETHNICITIES, HAIR, LEGS, PERSONS, STYLES, TOP_CUTS, Outfit, with_article
+from embedded.captions import with_article
+from embedded.grammar import ETHNICITIES, HAIR, LEGS, PERSONS, STYLES, TOP_CUTS, Outfit
 from evaluation.extractors import Extractor, text_features_of, unit
 
 ATLAS_FORM = "white, woman, black shirt, striped jeans, black hair"
