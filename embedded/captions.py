@@ -8,7 +8,7 @@ import numpy as np
 
 from embedded.grammar import COLOURS, FEMALE, Outfit
 
-CAPTIONS = 2  # to be raised when the same outfit and seed are said differently: data sets are built anew
+CAPTIONER = 2  # to be raised when the same outfit and seed are said differently: data sets are built anew
 # What people say for an attribute's word; the word itself stands among them, twice where it should be said more often.
 PEOPLE = {
     "man": ("man", "man", "man", "guy", "gentleman", "male", "dad", "father", "adult man"),

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from atlas_dataset.sources import HuggingFaceATLAS, fingerprint
 from common.errors import UserError
 from common.pictures import encode_image, image_from_pixels
-from embedded.captions import CAPTIONS, sentence
+from embedded.captions import CAPTIONER, sentence
 from embedded.grammar import sample_outfit
 from embedded.painter import PAINTER, paint
 
@@ -43,7 +43,7 @@ class ProceduralTextures(Dataset):
         return self.count
 
     def fingerprint(self) -> str:
-        return fingerprint(self.count, self.size, self.seed, self.held_out, PAINTER, CAPTIONS)
+        return fingerprint(self.count, self.size, self.seed, self.held_out, PAINTER, CAPTIONER)
 
     def name(self, index: int) -> str:
         return f"procedural texture {index}"
