@@ -9,11 +9,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from atlas_dataset.examples import LAYOUT_SIDE
+from atlas_dataset.examples import LAYOUT_SIDE, MOST_EXAMPLES
 from common import processes
 from common.errors import UserError, reason
 from common.files import check_writable, content_hash, write_whole
-from common.pictures import encode_image, open_image, picture_files
+from common.pictures import encode_image, is_picture, open_image, picture_files
 from config.configuration import Config, Output, dump_config, load_config
 from lora_utils import ADAPTER_FILE
 from models.adapters import weights_hash
@@ -38,8 +38,11 @@ def personal_config(
     """A checkpoint's own configuration, made that of a personal run on its top.
 
     checkpoint: None is the newest of your own, or the embedded one. steps: train so many and keep the last; None: until
-    nothing is won any more. overrides: dotted keys, which win. Raises UserError for a checkpoint that is none of ours.
+    nothing is won any more. overrides: dotted keys, which win. Raises UserError for a folder without pictures, and for
+    a checkpoint that is none of ours.
     """
+    if not any(map(is_picture, Path(examples).glob("*"))):  # said before anything is loaded
+        raise UserError(f"no pictures in {examples}; give a folder of 1 to {MOST_EXAMPLES} textures, or pictures")
     folder = Path(checkpoint) if checkpoint else newest_checkpoint(Output().out_dir)
     if layout_of(folder) != "ours":
         raise UserError(f"--base-checkpoint {folder}: give a checkpoint that joint.py or t2uv.py wrote")

@@ -112,7 +112,7 @@ def test_a_share_of_rows_is_conditioned_on_both(make_config, monkeypatch):
     from training import objective
 
     seen, original = [], objective.denoising_errors
-    monkeypatch.setattr(objective, "denoising_errors", lambda *args: seen.append(args[-1].detach()) or original(*args))
+    monkeypatch.setattr(objective, "denoising_errors", lambda *args: seen.append(args[4].detach()) or original(*args))
     for share in (0, 0.5):
         options = ("training.joint.condition_dropout=0", "training.joint.schedule=alternate")
         run, batch = joint_run(make_config, f"training.joint.both_share={share}", *options)
