@@ -66,8 +66,8 @@ def map_loss(told: Tensor, is_body: Tensor, answers: Tensor) -> Tensor:
     inside = is_body.sum().clamp(min=1) * 3
     place = F.smooth_l1_loss(told[:, 1:4], answers[:, :3], reduction="none", beta=0.05)
     light = (told[:, 4:] - answers[:, 3:]).abs()
-    found = F.binary_cross_entropy_with_logits(told[:, :1], is_body)
-    return found + (PLACE_WEIGHT * (place * is_body).sum() + LIGHT_WEIGHT * (light * is_body).sum()) / inside
+    silhouette = F.binary_cross_entropy_with_logits(told[:, :1], is_body)
+    return silhouette + (PLACE_WEIGHT * (place * is_body).sum() + LIGHT_WEIGHT * (light * is_body).sum()) / inside
 
 
 def train_body_map(run: Run, steps: int) -> dict:
