@@ -2,6 +2,7 @@
 
 python infer_uv.py --prompt "a woman in a green sweater and blue jeans"
 python infer_uv.py --image person.jpg --turntable
+python infer_uv.py --image person.jpg --fit person.json     # its own pixels kept, the rest made
 python infer_uv.py --prompt "..." --image person.jpg --img-weight 0.5 --export glb,usdz
 python infer_uv.py --prompts-file prompts.txt --out textures            # goes on where it was stopped
 python infer_uv.py --settings outputs/texture.png --out again.png       # the same texture once more
@@ -25,6 +26,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from atlas_dataset.fits import fit_beside, read_fit
 from common import processes
 from common.errors import INCOMPLETE, UserError, exit_on_user_error
 from common.files import check_writable, content_hash, write_whole
@@ -32,9 +34,10 @@ from common.pictures import encode_image, open_image, picture_files
 from common.progress import progress
 from common.text import read_lines
 from config.configuration import DEFAULT_CONFIG, dotted_overrides
+from models.adapters import parse_adapter, weights_hash
 from models.diffusion import SAMPLERS
 from models.generation import check_takes_pictures, prompt_length
-from models.pipeline import TexturePipeline, read_mask, weights_hash
+from models.pipeline import TexturePipeline, read_mask
 from models.settings import (
     BLEND,
     MASKED_STRENGTH,
@@ -44,29 +47,40 @@ from models.settings import (
     read_description,
     read_settings,
 )
+from render.densepose import SOURCE, TABLE, iuv_beside, read_iuv
 from render.export import INFLUENCES, SUFFIXES, export_body
 from render.regions import BODY_REGIONS
 from render.rigs import load_rig
 from render.turntable import contact_sheet, save_turntable, turntable_frames
 from render.uv_space import texture_pixels
 
-EXPORTS = (*(suffix[1:] for suffix in SUFFIXES), "gif", "mp4", "sheet")
+EXPORTS = (*(suffix[1:] for suffix in SUFFIXES), "gif", "mp4", "sheet", "partial")
+AUTO = "auto"  # in place of a fit: the embedded body map tells where the body is
 MANIFEST = "manifest.jsonl"
 LONGEST_NAME = 60  # bytes of a prompt or a picture's name in a file's name
-HASHED = {"weights": "checkpoint", "pictures": "images", "edited": "init_texture"}  # a hash, and what names its files
+# A hash, and what names its files.
+HASHED = {
+    "weights": "checkpoint",
+    "pictures": "images",
+    "edited": "init_texture",
+    "adapter_weights": "adapter",
+    "fitted": "fits",
+}
 ASKED = ("num_inference_steps", "sampler", "guidance_scale", "text_guidance", "image_guidance", "negative_prompt",
-         "img_weight", "eta", "strength", "size", "seam_fix")  # fmt: skip
-REPEATED = ("prompt", "seed", "init_texture", "mask", "checkpoint", "lora", "aligner", "config")  # of --settings
+         "img_weight", "eta", "strength", "size", "seam_fix", "relight", "mirror_fill")  # fmt: skip
+# Of --settings.
+REPEATED = ("prompt", "seed", "init_texture", "mask", "checkpoint", "lora", "aligner", "adapter", "config")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One texture to be made, and where."""
+    """One texture to be made, and where. fits: a file, or AUTO, for each image; or none."""
 
     prompt: str | None
     images: tuple[str, ...]
     seed: int
     path: Path
+    fits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,7 @@ class Call:
     pose: str
     bones: int
     is_list: bool
+    iuv_table: str | None  # with it, the jobs' fits are IUV pictures
 
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
@@ -106,6 +121,12 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     model.add_argument("--checkpoint", help="of any known layout (default: your newest one, or the embedded one)")
     model.add_argument("--lora", help="instead of --checkpoint: a LoRA file or a PEFT folder, with --config")
     model.add_argument("--aligner", help="with --lora: the aligner's .safetensors or .pth file")
+    model.add_argument(
+        "--adapter",
+        action="append",
+        metavar="DIR[:weight]",
+        help="of personalise.py; several times for several",
+    )
     model.add_argument("--config", help=f"names the base of weights that do not say theirs (default: {DEFAULT_CONFIG})")
     sampling = parser.add_argument_group("sampling (default: as the checkpoint says)")
     sampling.add_argument("--steps", type=int, dest="num_inference_steps", help="denoising steps")
@@ -122,6 +143,15 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         "--strength", type=float, help="how much of it is made anew, 0 to 1 (default: 0.6; 1 with --mask)"
     )
     edit.add_argument("--mask", help=f"what alone is made anew: {', '.join(BODY_REGIONS)}, or a picture, white there")
+    own = parser.add_argument_group("a picture's own pixels, kept where it shows the body")
+    own.add_argument("--fit", action="append", help="how the body stands in each --image: a .json, .npz or .pkl file "
+                                                    "(see README), or auto; with --images: their folder")  # fmt: skip
+    own.add_argument("--iuv", action="append", help="instead: DensePose's IUV picture of each --image, on SMPL's body")
+    own.add_argument("--iuv-table", help=f"with --iuv: DensePose's {TABLE} ({SOURCE})")
+    own.add_argument("--relight", choices=("on", "off"), help="divide the picture's light out of them (default: on)")
+    own.add_argument("--mirror-fill", action=argparse.BooleanOptionalAction,
+                     help="fill what one side hides from what the other shows (default: no)")  # fmt: skip
+    own.add_argument("--save-partial", action="store_true", help="also what was seen, alone: --export partial")
     out = parser.add_argument_group("what is written")
     out.add_argument("--out", default="outputs", help="folder, or a .png file for one texture (default: outputs)")
     out.add_argument("--size", type=int, help="side in texels, above the model's own by bicubic (default: 1024)")
@@ -136,6 +166,8 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     out.add_argument("--pose", default="rest", help="of the exported body: rest, standing, walking, ...")
     args, unknown = parser.parse_known_args()
     args.exports = [name for name in args.export.split(",") if name] + ["gif"] * args.turntable
+    args.exports += ["partial"] * args.save_partial
+    args.relight = {None: None, "on": True, "off": False}[args.relight]
     return args, dotted_overrides(unknown)
 
 
@@ -170,10 +202,48 @@ def check(args: argparse.Namespace) -> None:
     for name in args.exports:
         if name not in EXPORTS:
             raise UserError(f"--export {name!r} is unknown: use {', '.join(EXPORTS)}")
+    check_fits(args)
     if args.out.endswith(".png") and (args.num > 1 or many):
         raise UserError("--out names one file but --num asks for more; give a folder")
     if not args.out.endswith(".png") and Path(args.out).is_file():
         raise UserError(f"--out {args.out} is a file; give a folder or a name that ends in .png")
+
+
+def check_fits(args: argparse.Namespace) -> None:
+    fits = args.fit or args.iuv
+    if args.fit and args.iuv:
+        raise UserError("give --fit or --iuv, not both")
+    if not fits:
+        needing = {"--iuv-table": args.iuv_table, "--mirror-fill": args.mirror_fill, "--relight": args.relight is False,
+                   "--save-partial": "partial" in args.exports}  # fmt: skip
+        for option, is_given in needing.items():
+            if is_given:
+                raise UserError(f"{option} is for a picture whose pixels are kept: give its --fit or --iuv")
+        return
+    if args.iuv and not args.iuv_table:
+        raise UserError(f"--iuv needs DensePose's table: fetch {SOURCE} and name its {TABLE} with --iuv-table")
+    if args.init_texture:
+        raise UserError("--fit and --iuv keep a picture's pixels, --init-texture a texture's: give one of them")
+    if args.images:
+        if len(fits) > 1 or not (fits == [AUTO] or Path(fits[0]).is_dir()):
+            raise UserError(
+                "with --images give the folder of their fits (NAME.json, .npz, .pkl; NAME_IUV.png), or auto"
+            )
+    elif not args.image:
+        raise UserError("--fit and --iuv say how a body stands in a picture: give it with --image")
+    elif fits != [AUTO] and len(fits) != len(args.image):
+        raise UserError(f"{len(fits)} fits for {len(args.image)} pictures: give one for each --image, in their order")
+
+
+def fits_of(args: argparse.Namespace, images: tuple[str, ...]) -> tuple[str, ...]:
+    """The fit of each picture, in their order; () without any. Raises UserError where a folder lacks one."""
+    fits = args.fit or args.iuv or ()
+    if tuple(fits) == (AUTO,):
+        return (AUTO,) * len(images)
+    if fits and args.images:
+        beside = fit_beside if args.fit else iuv_beside
+        return tuple(str(beside(fits[0], image)) for image in images)
+    return tuple(fits)
 
 
 def fill_from_settings(args: argparse.Namespace) -> dict:
@@ -181,10 +251,13 @@ def fill_from_settings(args: argparse.Namespace) -> dict:
     earlier = read_settings(args.settings) if args.settings else {}
     if earlier:
         if args.lora or args.checkpoint:  # another model: its own files alone
-            earlier |= dict.fromkeys(("checkpoint", "lora", "aligner"))
+            earlier |= dict.fromkeys(("checkpoint", "lora", "aligner", "adapter"))
         for name in REPEATED:
             if getattr(args, name) is None:
                 setattr(args, name, earlier.get(name))
+        if not (args.image or args.fit or args.iuv or args.init_texture):  # other pictures have fits of their own
+            args.iuv_table = args.iuv_table or earlier.get("iuv_table")
+            setattr(args, "iuv" if earlier.get("iuv_table") else "fit", earlier.get("fits") or None)
         args.image = args.image or earlier["images"]
     args.seed = 0 if args.seed is None else args.seed
     return earlier
@@ -223,11 +296,12 @@ def list_jobs(args: argparse.Namespace) -> list[Job]:
         names += [file_name(prompt.lower())] if prompt else []
         names += ["with"] if prompt and images else []
         names += [picture_name(images)] if images else []
+        fits = fits_of(args, images)
         for seed in range(args.seed, args.seed + args.num):
             path = Path(args.out)
             if path.suffix != ".png":
                 path /= f"{'-'.join([*names, str(seed)])}.png"
-            jobs.append(Job(prompt, images, seed, path))
+            jobs.append(Job(prompt, images, seed, path, fits))
     return jobs
 
 
@@ -235,7 +309,9 @@ def load_pipeline(args: argparse.Namespace, overrides: list[str]) -> TexturePipe
     if processes.world_size() > 1 and torch.cuda.is_available():
         overrides = [*overrides, f"training.device=cuda:{processes.local_rank()}"]
     config = args.config or DEFAULT_CONFIG
-    pipeline = TexturePipeline.from_pretrained(args.checkpoint, config, overrides, args.lora, args.aligner)
+    pipeline = TexturePipeline.from_pretrained(
+        args.checkpoint, config, overrides, args.lora, args.aligner, args.adapter or ()
+    )
     if args.images or args.image:
         check_takes_pictures(pipeline.trained)
     if args.exports:
@@ -246,7 +322,8 @@ def load_pipeline(args: argparse.Namespace, overrides: list[str]) -> TexturePipe
 def resolve_settings(args: argparse.Namespace, earlier: dict, pipeline: TexturePipeline) -> GenerationSettings:
     """The checkpoint's own settings, or those of --settings, changed by what was given by hand."""
     asked = {name: getattr(args, name) for name in ASKED}
-    if args.mask and asked["strength"] is None and not earlier:
+    masked_before = earlier.get("fits") if args.fit or args.iuv else earlier or not args.mask
+    if asked["strength"] is None and not masked_before:
         asked["strength"] = MASKED_STRENGTH
     settings = earlier.get("settings", pipeline.settings).changed(**asked)
     if settings.num_inference_steps > pipeline.trained.base.noise_scheduler.config.num_train_timesteps:
@@ -267,7 +344,10 @@ def shared_description(args: argparse.Namespace, overrides: list[str], settings:
         "weights": weights_hash(args.lora or pipeline.origin),
         "lora": args.lora,
         "aligner": args.aligner,
+        "adapter": args.adapter,
+        "adapter_weights": adapters_hash(args.adapter),
         "config": args.config,
+        "iuv_table": args.iuv_table,
         "overrides": overrides,
         "body": pipeline.body_spec,
         "base": pipeline.trained.cfg.model.pretrained_model,
@@ -284,10 +364,15 @@ def check_is_the_same(earlier: dict, description: dict, is_weight_given: bool) -
             "--img-weight by hand to make another one"
         )
     for name, source in HASHED.items():
-        if description[source] == earlier[source] and description[name] != earlier[name]:
+        if description[source] == earlier.get(source) and description[name] != earlier.get(name):
             raise UserError(f"{description[source]} is no longer what the texture of --settings was made from: it "
                             f"cannot be repeated; give --{source.removesuffix('s').replace('_', '-')} by hand to make "
                             "another one")  # fmt: skip
+
+
+def adapters_hash(adapters: list[str] | None) -> str | None:
+    """Of the weights of --adapter; None without one, as in files of versions that knew none."""
+    return adapters and content_hash(*(weights_hash(parse_adapter(text)[0]) for text in adapters))
 
 
 def files_hash(paths: Sequence[str]) -> str:
@@ -297,8 +382,8 @@ def files_hash(paths: Sequence[str]) -> str:
 
 def export_names(job: Job, exports: list[str]) -> dict[str, Path]:
     """Format → the file beside the texture."""
-    sheet = job.path.with_name(f"{job.path.stem}-sheet.png")
-    return {name: sheet if name == "sheet" else job.path.with_name(f"{job.path.stem}.{name}") for name in exports}
+    ends = {name: f"-{name}.png" if name in ("sheet", "partial") else f".{name}" for name in exports}
+    return {name: job.path.with_name(f"{job.path.stem}{end}") for name, end in ends.items()}
 
 
 def is_done(job: Job, description: dict, exports: list[str]) -> bool:
@@ -312,14 +397,16 @@ def is_done(job: Job, description: dict, exports: list[str]) -> bool:
     return all(earlier.get(key) == value for key, value in description.items())
 
 
-def export(job: Job, texture: Image.Image, call: Call) -> list[Path]:
-    """Writes the textured body beside job.path in each of the formats."""
+def export(job: Job, texture: Image.Image, partial: Image.Image | None, call: Call) -> list[Path]:
+    """Writes the textured body, and what was seen of it, beside job.path in each of the formats."""
     rig, files = load_rig(call.pipeline.body_spec), export_names(job, call.exports)
     sampled = rig.named_pose(call.pose, job.seed)
     body, filled = rig.posed(sampled), (texture_pixels(texture, texture.width) + 1) / 2
     for name, path in files.items():
         if name == "sheet":
             write_whole(path, encode_image(contact_sheet(body, filled), format="PNG"))
+        elif name == "partial":
+            write_whole(path, encode_image(partial, format="PNG"))
         elif name in ("gif", "mp4"):
             save_turntable(turntable_frames(body, filled), path)
         else:
@@ -352,10 +439,16 @@ def batches(jobs: list[Job], batch_size: int, pipeline: TexturePipeline) -> Iter
 
 
 def make_batch(
-    jobs: list[Job], opened: dict[str, Image.Image], earlier_batch: tuple[int, int] | None, call: Call, on_step
+    jobs: list[Job],
+    opened: dict[str, Image.Image],
+    partials: dict[Job, Image.Image],
+    earlier_batch: tuple[int, int] | None,
+    call: Call,
+    on_step,
 ) -> list[Image.Image]:
-    """The textures of some jobs. opened: path → picture. earlier_batch: (row, rows) that a texture to be repeated had
-    in its batch: how a row's sums are rounded depends on the rows beside it."""
+    """The textures of some jobs. opened: path → picture; partials: of the jobs with fits. earlier_batch:
+    (row, rows) that a texture to be repeated had in its batch: how a row's sums are rounded depends on the rows beside
+    it."""
     row, rows = earlier_batch or (0, 1)
     batch = jobs * rows if earlier_batch else jobs
     textures = call.pipeline(
@@ -366,6 +459,7 @@ def make_batch(
         call.mask,
         call.settings,
         on_step,
+        [partials[job] for job in batch] if partials else None,
     )
     return [textures[row]] if earlier_batch else textures
 
@@ -377,6 +471,8 @@ def job_description(job: Job, call: Call) -> dict:
         "images": list(job.images),
         "pictures": files_hash(job.images),
         "seed": job.seed,
+        "fits": list(job.fits),
+        "fitted": files_hash(job.fits),
         **call.description,
     }
 
@@ -393,30 +489,66 @@ def open_pictures(jobs: list[Job]) -> tuple[list[Job], dict[str, Image.Image], l
     return usable, opened, list(damaged.values())
 
 
+def keep_own_pixels(
+    jobs: list[Job], opened: dict[str, Image.Image], call: Call
+) -> tuple[list[Job], dict[Job, Image.Image], list[str]]:
+    """The jobs whose fits can be used, what their pictures show, and what is wrong with the others' fits.
+
+    Raises UserError for a fit of the one texture that is asked for.
+    """
+    usable, partials, faults = [], {}, []
+    for job in jobs:
+        try:
+            if job.fits:
+                partials[job] = partial_of(job, opened, call)
+            usable.append(job)
+        except UserError as error:
+            if not call.is_list:
+                raise
+            faults.append(str(error))
+    return usable, partials, faults
+
+
+def partial_of(job: Job, opened: dict[str, Image.Image], call: Call) -> Image.Image:
+    pipeline, size, sightings = call.pipeline, call.settings.size, []
+    for path, fit in zip(job.images, job.fits):
+        image = opened[path]
+        if fit == AUTO:
+            sightings.append(pipeline.find_body(image, size))
+        elif call.iuv_table:
+            sightings.append(read_iuv(fit, call.iuv_table, pipeline.body, image.height, image.width, size))
+        else:
+            sightings.append(read_fit(fit, pipeline.body_spec, image.height, image.width))
+    pictures = [opened[path] for path in job.images]
+    return pipeline.own_pixels(pictures, sightings, size, call.settings.relight, call.settings.mirror_fill)
+
+
 def make_all(jobs: list[Job], call: Call, earlier_batch: tuple[int, int] | None, batch_size: int) -> list[str]:
     """Makes and writes the textures → what is wrong with the pictures that were left out."""
     skipped = []
     bar = progress(total=len(jobs), desc="textures", unit="texture", hidden=not call.is_list)
     for group in batches(jobs, batch_size, call.pipeline):
         usable, opened, damaged = open_pictures(group)
+        usable, partials, misfits = keep_own_pixels(usable, opened, call)
+        damaged += misfits
         skipped += damaged
         for message in damaged:
             bar.write(f"skipped: {message}", file=sys.stderr)
         if usable:
             count = call.settings.num_inference_steps
             steps = progress(total=count, desc="denoising", unit="step", hidden=call.is_list)
-            textures = make_batch(usable, opened, earlier_batch, call, steps.update)
+            textures = make_batch(usable, opened, partials, earlier_batch, call, steps.update)
             steps.close()
             for row, (job, texture) in enumerate(zip(usable, textures)):
-                write_job(job, texture, earlier_batch or (row, len(usable)), call)
+                write_job(job, texture, partials.get(job), earlier_batch or (row, len(usable)), call)
         bar.update(len(group))
     bar.close()
     return skipped
 
 
-def write_job(job: Job, texture: Image.Image, batch: tuple[int, int], call: Call) -> None:
+def write_job(job: Job, texture: Image.Image, partial: Image.Image | None, batch: tuple[int, int], call: Call) -> None:
     """Writes a texture and what is exported with it."""
-    exported = export(job, texture, call) if call.exports else []
+    exported = export(job, texture, partial, call) if call.exports else []
     description = job_description(job, call) | {"batch": batch}
     write_texture(job.path, texture, description)  # last: what has one is whole
     if call.is_list:
@@ -442,13 +574,15 @@ def main():
         settings = resolve_settings(args, earlier, pipeline)
         description = shared_description(args, overrides, settings, pipeline)
         is_list = bool(args.prompts_file or args.images)
-        call = Call(pipeline, settings, init_texture, mask, description, args.exports, args.pose, args.bones, is_list)
+        shared = (args.exports, args.pose, args.bones, is_list, args.iuv_table)
+        call = Call(pipeline, settings, init_texture, mask, description, *shared)
         check_writable(jobs[0].path.parent)
         mine = jobs[processes.rank() :: processes.world_size()]
         waiting = [job for job in mine if not (is_list and is_done(job, job_description(job, call), args.exports))]
         if is_list:
             report_done(mine, waiting)
-        if earlier and not (args.lora or by_hand.checkpoint or by_hand.image or by_hand.init_texture):
+        replaced = (by_hand.checkpoint, by_hand.image, by_hand.init_texture, by_hand.fit, by_hand.iuv)
+        if earlier and not (args.lora or any(replaced)):
             check_is_the_same(earlier, job_description(jobs[0], call), by_hand.img_weight is not None)
         earlier_batch = tuple(earlier["batch"]) if earlier and len(jobs) == 1 else None
         skipped = make_all(waiting, call, earlier_batch, args.batch_size)

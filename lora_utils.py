@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
@@ -21,6 +22,7 @@ from common.errors import UserError, exit_on_user_error, reason
 from common.files import write_whole
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+ADAPTER_FILE = "adapter.json"  # of a personal adapter (models/adapters.py): the base it is for, its word
 IMAGE_ENCODER_LORA_FILE = "image_encoder_lora.safetensors"  # its own: Stable Diffusion pipelines have no such encoder
 ADAPTED = ("unet", "text_encoder")  # in LORA_FILE
 IN_FILE = {LORA_FILE: ADAPTED, IMAGE_ENCODER_LORA_FILE: ("image_encoder",)}
@@ -127,6 +129,32 @@ def merge_lora(base) -> None:
                 layer.merge()
 
 
+def bake_lora(base) -> None:
+    """Merges the LoRA and takes PEFT's layers out: the base as it stands then can have another LoRA."""
+    merge_lora(base)
+    for module in adapted_modules(base).values():
+        tuned = {path: layer for path, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
+        for path, layer in tuned.items():
+            parent, _, child = path.rpartition(".")
+            setattr(module.get_submodule(parent), child, layer.get_base_layer())
+        if tuned:
+            del module.peft_config
+            module._hf_peft_config_loaded = False  # as diffusers and transformers note it
+
+
+@contextmanager
+def without_lora(module):
+    """Inside, the module runs as if it had no LoRA."""
+    tuned = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in tuned:
+        layer._disable_adapters = True  # enable_adapters would also freeze what is being trained
+    try:
+        yield
+    finally:
+        for layer in tuned:
+            layer._disable_adapters = False
+
+
 def all_finite(tensors) -> bool:
     return all(math.isfinite(float(tensor.detach().sum())) for tensor in tensors)
 
@@ -201,6 +229,25 @@ def _with_config(file: Path) -> tuple[dict[str, torch.Tensor], dict]:
     return tensors, config
 
 
+def export_word(folder: Path, out: Path) -> Path | None:
+    """Copies the embedding of a personal adapter's word beside `out`, under the word as its name, which A1111 and
+    ComfyUI read it by. None for what is no adapter. Raises UserError where out is that name."""
+    if not (folder / ADAPTER_FILE).is_file():
+        return None
+    try:
+        name = f"{json.loads((folder / ADAPTER_FILE).read_text())['word']}.safetensors"
+        if Path(name).name != name:
+            raise ValueError(f"{name} lies in another folder")
+        embedding = (folder / name).read_bytes()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read the word of {folder}: {reason(error)}") from None
+    target = out.parent / name
+    if out.name in (name, target.stem):
+        raise UserError(f"--out {out} is the name of the word's own file; give the LoRA another, such as {out}_lora")
+    write_whole(target, embedding)
+    return target
+
+
 def _export_peft(tensors: dict[str, torch.Tensor], config: dict, out: Path) -> Path:
     folders = {"unet": out, "text_encoder": out / "text_encoder", "image_encoder": out / "image_encoder"}
     for component, folder in folders.items():
@@ -251,7 +298,8 @@ def main():
         file = args.checkpoint / LORA_FILE if args.checkpoint.is_dir() else args.checkpoint
         if not file.is_file():
             raise UserError(f"no {LORA_FILE} in {args.checkpoint}; give a checkpoint's folder")
-        print(export_lora(file, args.format, args.out))
+        word_file = export_word(file.parent, args.out)
+        print(export_lora(file, args.format, args.out), *filter(None, [word_file]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ class ATLASLarge(Dataset):
             raise
         except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
             raise UserError(f"cannot read data set {root}: {reason(error)}; build it again") from error
+        self.turn_length: int | None = None
         self.rows = np.arange(self._stored_rows())
         if not len(self):
             raise UserError(f"data set {root} has no rows")
@@ -190,6 +191,14 @@ class ATLASLarge(Dataset):
         self.rows = np.array(kept_rows, np.int64)
         return held_out
 
+    def hold_out_in_turn(self, turn_length: int) -> None:
+        """From now on an epoch is a turn for each row, of `turn_length` rows that are all but that one, as often as
+        each other; with fewer than three rows, of all."""
+        rows = len(self)
+        turns = [np.delete(self.rows, turn) if rows > 2 else self.rows for turn in range(rows)]
+        self.rows = np.concatenate([np.resize(np.roll(turn, -place), turn_length) for place, turn in enumerate(turns)])
+        self.turn_length = turn_length
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -197,6 +206,9 @@ class ATLASLarge(Dataset):
         """All rows in random order, the renders of a texture near each other: textures are drawn TEXTURES_KEPT at a
         time and their rows shuffled among themselves, so that each is decoded once an epoch and not once a render.
         """
+        if self.turn_length:
+            starts = range(0, len(self), self.turn_length)
+            return np.concatenate([start + rng.permutation(self.turn_length) for start in starts])
         if not self._has_images:
             return rng.permutation(len(self))
         group = np.empty(len(self.textures), np.int64)  # of each texture
@@ -254,3 +266,11 @@ class ATLASLarge(Dataset):
         except UserError as error:
             verify = f"python -m atlas_dataset.build_atlas_large --verify --out {self.root}"
             raise UserError(f"{error}; '{verify}' names all such pictures") from None
+
+
+def data_set_source(root: str | Path) -> str | None:
+    """The fingerprint of the textures that build_atlas_large.py wrote a data set from; None where none is said."""
+    try:
+        return json.loads((Path(root) / INFO_FILE).read_text()).get("source")
+    except (OSError, ValueError, AttributeError):
+        return None

@@ -2,8 +2,9 @@
 
     python benchmarks/bench_evaluate.py              # 200 textures of 512 texels, on as many threads as torch takes
 
-Measures textures of the procedural set against others of their kind, in texture space, on renders, and for UV
-consistency, with the embedded encoders. Each size of set runs in a process of its own, whose peak memory is compared.
+Measures painted textures against others of their kind as evaluate.py does: in texture space, on renders, and for UV
+consistency, both sides, with the embedded encoders. Each size of set runs in a process of its own, whose peak memory is
+compared.
 The last line is JSON: `seconds_200`, scaled from --count; `memory_growth`, the peak memory of --count textures over
 that of a quarter of them; `max_reference_difference`, the largest difference of a measure from torchmetrics' on the
 same pictures and features.
@@ -15,6 +16,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,67 +35,69 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from common.processes import keep_freed_memory
 from embedded.grammar import sample_outfit
 from embedded.painter import paint
-from evaluation.consistency import consistency
-from evaluation.distances import frechet_distance, kernel_distance, set_distances
-from evaluation.extractors import load_extractor, text_features_of
+from evaluation import measuring
+from evaluation.data import EvaluationSet
+from evaluation.distances import frechet_distance, kernel_distance
+from evaluation.extractors import load_extractor
 from evaluation.procedural import SEED
-from evaluation.render_space import clip_score, compare_renders, image_similarity, retrieval, view_features
 from evaluation.texture_space import compare_textures
-from evaluation.uncertainty import mean_figure, share_figure
-from render.bodies import load_anny_body
-from render.uv_space import fill_outside, uv_mask
 
 
-def painted(index: int, size: int):
-    """A texture (3, size, size) on black, and its prompt; each painted when it is asked for, and then let go."""
-    outfit = sample_outfit(np.random.default_rng([SEED, index]), held_out=True)
-    return paint(outfit, SEED + index, size).texture[:3], outfit.prompt
+def painted(count: int, size: int, seed: int) -> tuple[list[str], Callable[[int], torch.Tensor]]:
+    """Prompts, and number → a texture (3, size, size) on black, painted when it is asked for and then let go."""
+    outfits = [sample_outfit(np.random.default_rng([seed, index]), held_out=True) for index in range(count)]
+    return [outfit.prompt for outfit in outfits], lambda number: paint(outfits[number], seed + number, size).texture[:3]
+
+
+class Stopwatch:
+    """Seconds of each family of measures, wherever in evaluation/measuring.py it is called."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.inside = False  # of a family: what it calls counts as its own
+
+    def watch(self, family: str, function: Callable) -> Callable:
+        def timed(*arguments, **options):
+            if self.inside:
+                return function(*arguments, **options)
+            self.inside, began = True, time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.inside = False
+                self.seconds[family] = self.seconds.get(family, 0.0) + time.perf_counter() - began
+
+        return timed
+
+
+FAMILIES = {
+    "compare_textures": "texture space", "compare_renders": "renders", "consistency": "consistency",
+    "view_features": "features", "text_features_of": "similarities", "retrieval": "similarities",
+    "clip_score": "similarities", "image_similarity": "similarities", "filled": "filling",
+    "set_distances": "set distances", "mean_figure": "intervals", "share_figure": "intervals",
+}  # fmt: skip
 
 
 def measure(count: int, size: int) -> dict[str, float]:
-    """Seconds of each family of measures, without painting, and the peak memory of this process in MB."""
-    body, extractor = load_anny_body(), load_extractor("embedded")
-    mask, seconds, on_processor = uv_mask(body, size), {}, 0.0
-    rows: dict[str, list] = {"textures": [], "renders": [], "consistency": [], "features": [], "references": []}
-
-    def timed(name: str, function, *arguments):
-        nonlocal on_processor
-        began, began_on_processor = time.perf_counter(), time.process_time()
-        result = function(*arguments)
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
-        on_processor += time.process_time() - began_on_processor
-        return result
-
-    prompts = []
-    for index in range(count):
-        (texture, prompt), (reference, _) = painted(index, size), painted(index + count, size)
-        prompts.append(prompt)
-        filled, truth = (fill_outside(side, mask) for side in (texture, reference))
-        rows["textures"].append(timed("texture space", compare_textures, texture[None], reference[None], mask))
-        rows["renders"].append(timed("renders", compare_renders, body, [filled], [truth]))
-        rows["consistency"].append(timed("consistency", consistency, body, [texture]))
-        for name, side in (("features", filled), ("references", truth)):
-            rows[name].append(timed("features", view_features, body, [side], [extractor])[extractor.name])
-
-    features, references = (torch.cat(rows[name]) for name in ("features", "references"))
-    keys = timed("similarities", text_features_of, extractor, prompts)
-    values = {
-        "clip_score": clip_score(features, keys), "retrieval": retrieval(features, keys, prompts),
-        "image_similarity": image_similarity(features, references),
-    }  # fmt: skip
-    for family in ("textures", "renders", "consistency"):
-        for name, first in rows[family][0].items():
-            values[f"{family}.{name}"] = (
-                first if isinstance(first, str) else torch.cat([row[name] for row in rows[family]])
-            )
-    figures = timed("set distances", set_distances, features, references)
-    for name, value in values.items():
-        figures[name] = timed("intervals", share_figure if name == "retrieval" else mean_figure, name, value)
-    for name, figure in figures.items():
+    """Seconds of the measures, by family and in all but painting, and this process's peak memory in MB."""
+    extractors, watch = {"embedded": load_extractor("embedded")}, Stopwatch()
+    for name, family in FAMILIES.items():
+        setattr(measuring, name, watch.watch(family, getattr(measuring, name)))
+    prompts, textures = painted(count, size, SEED)
+    _, references = painted(count, size, SEED + count)
+    textures, references = (watch.watch("painting", side) for side in (textures, references))
+    names = [f"{number:05d}" for number in range(count)]
+    samples = EvaluationSet("painted", "anny", size, names, prompts, references)
+    began, began_on_processor = time.perf_counter(), time.process_time()
+    truth = measuring.observe(samples, references, extractors, "truth")
+    observed = measuring.observe(samples, textures, extractors, "made")
+    measures = measuring.measure(samples, textures, extractors, observed, truth)
+    elapsed, seconds = time.perf_counter() - began, watch.seconds
+    seconds["on the processor"] = time.process_time() - began_on_processor  # more than all with several threads
+    seconds["all"] = elapsed - seconds.pop("painting")
+    for name, figure in measures.figures.items():
         told = figure if isinstance(figure, str) else f"{figure.value:.4f} [{figure.low:.4f}, {figure.high:.4f}]"
-        print(f"{name:<34}{told}")
-    seconds["all"] = sum(seconds.values())
-    seconds["on the processor"] = on_processor  # more than all with several threads, less on a busy machine
+        print(f"{name:<48}{told}")
     return {**seconds, "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000}
 
 

@@ -121,6 +121,20 @@ class Schedule(Section):
         return self
 
 
+class PersonalSchedule(Schedule):
+    """How personalise.py trains; alpha weighs loss/t2uv and loss/edit of the examples, beta loss/prior."""
+
+    schedule: Literal["alternate", "paired"] = "paired"
+    batch_size: Positive = 3
+    effective_batch_size: Positive = 3
+    max_steps: Positive | None = 400  # at most: the run stops by itself
+    learning_rate: Annotated[Number, Field(gt=0)] = 1e-3
+    word_learning_rate: Annotated[Number, Field(gt=0)] = 5e-3  # of the new word's embedding
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 10
+    condition_dropout: Share = 0.0  # the empty prompt is one of the prior's: it must not learn the person
+
+
 class Training(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "auto"  # auto: CUDA where there is one
@@ -130,9 +144,11 @@ class Training(Section):
     ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = None  # checkpoints hold the average; null: none
     min_snr_gamma: Annotated[Number, Field(gt=0)] | None = None  # weight of timesteps (Hang et al. 2023), 5 say
     outside_weight: Share = 1.0  # of texels outside the UV islands in the loss; 0 leaves them out
+    leading_channels: Annotated[int, Field(gt=0)] | None = None  # count for half the loss; null: all latents alike
     joint: Schedule = Schedule()
     t2uv: Schedule = Schedule()
     i2uv: Schedule = Schedule()
+    personal: PersonalSchedule = PersonalSchedule()
 
     @model_validator(mode="before")
     @classmethod
@@ -213,6 +229,7 @@ class Output(Section):
     keep_last: Positive | None = None  # checkpoints of a run; null: all
     sample_every: Positive = 500
     validate_every: Positive = 100
+    evaluate_every: Positive | None = None  # steps; makes and measures 8 validation textures: eval/; null: never
     sample_prompts: list[str] = []  # besides pictures of the data set, for the grid in TensorBoard
 
 
@@ -224,9 +241,28 @@ class Inference(Section):
     negative_prompt: str = ""
 
 
+class Personal(Section):
+    """What personalise.py trains: a small LoRA of its own and a new word, on top of a checkpoint."""
+
+    checkpoint: str | None = None  # on whose top; null: this is no personal run
+    weights: str | None = None  # hash of that checkpoint's weights
+    word: str = "sks"  # new, for the prompts
+    class_prompt: str = "a person"  # what the word is one of
+    class_images: str | None = None  # textures of the class to keep; null: what the checkpoint itself predicts
+    region: str | None = None  # of the body, which alone is learned, as a garment's; null: all, and to be edited
+    r: Positive = 4
+    alpha: Annotated[Number, Field(gt=0)] = 4
+    measure_every: Positive = 20  # steps
+    patience: Positive | None = 5  # measures without a better one before it stops; null: never
+    keep_best: bool = True  # false: the last step
+    seeds: Positive = 3  # textures of the word and of the class at each measure
+    num_inference_steps: Positive = 10  # of those
+
+
 class Config(Section):
     model: Model = Model()
     training: Training = Training()
+    personal: Personal = Personal()
     data: Data = Data()
     output: Output = Output()
     inference: Inference = Inference()

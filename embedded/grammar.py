@@ -1,4 +1,4 @@
-"""How a dressed person is described: the words of the ATLAS prompts and some more, as attributes and as captions."""
+"""What a dressed person wears: the words of the ATLAS prompts and some more, as attributes. captions.py says them."""
 
 import zlib
 from dataclasses import dataclass, replace
@@ -14,7 +14,6 @@ ETHNICITIES = {
     "Mixed race": (152, 102, 72),
 }
 PERSONS = ("man", "woman", "young boy", "young girl", "elder man", "elder woman")
-AGES = {"": ("", "young"), "young": ("young", ""), "elder": ("elder", "old", "elderly")}  # what sentences say for it
 FEMALE = ("woman", "young girl", "elder woman")
 HAIR = {
     "black": (24, 22, 24),
@@ -61,14 +60,16 @@ LEGS = {"jeans": 0.078, "pants": 0.078, "shorts": 0.49, "skirt": 0.54}  # height
 TOPS = tuple(top for top in TOP_CUTS if top not in ("dress", "tuxedo"))  # worn with a bottom
 BOTTOMS = ("jeans", "pants", "shorts")  # for everyone; skirts and dresses for FEMALE, tuxedos for the others
 
-# Words round a sentence that say nothing about the outfit.
-OPENINGS = ("", "", "", "", "full-body picture of ", "realistic texture of ", "one person: ", "this is ")
-CLOSINGS = ("", "", "", "", ", natural light", " standing outdoors", ", smiling", ", high quality")
+HAIR_CUTS = ("short", "long", "bald")
 
 
 @dataclass(frozen=True)
 class Outfit:
-    """The attributes of an ATLAS prompt, and coloured sneakers. A dress or a tuxedo is a top without a bottom."""
+    """The attributes of an ATLAS prompt, and coloured sneakers, a haircut and a beard.
+
+    A dress or a tuxedo is a top without a bottom. hair_cut: one of HAIR_CUTS; "" is what the person has where nothing
+    is said: long for FEMALE, short for the others. hair colours eyebrows and beard too.
+    """
 
     ethnicity: str
     person: str
@@ -78,6 +79,8 @@ class Outfit:
     bottom: str
     hair: str
     sneakers: str = ""
+    hair_cut: str = ""
+    beard: bool = False
 
     @property
     def prompt(self) -> str:
@@ -85,7 +88,19 @@ class Outfit:
         clothes = [f"{self.top_style} {self.top}", f"{self.bottom_style} {self.bottom}"]
         clothes = clothes if self.bottom else clothes[:1]
         shoes = [f"{self.sneakers} sneakers"] if self.sneakers else []
-        return ", ".join([self.ethnicity, self.person, *clothes, f"{self.hair} hair", *shoes])
+        beard = [f"{self.hair} beard" if self.hair_cut == "bald" else "beard"] if self.beard else []
+        return ", ".join([self.ethnicity, self.person, *clothes, self.hair_words, *beard, *shoes])
+
+    @property
+    def hair_words(self) -> str:
+        """ "brown hair", "long brown hair" or "bald"."""
+        if self.hair_cut == "bald":
+            return "bald"
+        return f"{self.hair_cut} {self.hair} hair".strip()
+
+    @property
+    def has_long_hair(self) -> bool:
+        return self.hair_cut == "long" or (not self.hair_cut and self.person in FEMALE)
 
     @property
     def sleeve_length(self) -> str:
@@ -100,43 +115,8 @@ class Outfit:
 
     @property
     def held_out(self) -> bool:
-        """One combination in ten is never trained on, whatever its shoes."""
-        return zlib.crc32(replace(self, sneakers="").prompt.encode()) % 10 == 0
-
-    def sentence(self, rng: np.random.Generator) -> str:
-        """The same in natural words, of which some are left out at times."""
-        age, _, noun = self.person.rpartition(" ")
-        age = str(rng.choice(AGES[age]))
-        ethnicity = self.ethnicity if rng.uniform() < 0.75 else ""
-        person = with_article(" ".join(filter(None, (age, ethnicity, noun))))
-        hair = f"{self.hair} hair" if rng.uniform() < 0.8 else ""
-        top = with_article(_garment(self.top_style, self.top, rng))
-        bottom = _garment(self.bottom_style, self.bottom, rng)
-        bottom = with_article(bottom) if self.bottom == "skirt" else bottom
-        shoes = f"{self.sneakers} sneakers"
-        worn = [top, *([bottom] if self.bottom else []), *([shoes] if self.sneakers else [])]
-        clothes = worn[0] if len(worn) == 1 else ", ".join(worn[:-1]) + " and " + worn[-1]
-        wearing = rng.choice(["wearing", "in", "dressed in", "who wears"])
-        forms = [f"{person} {wearing} {clothes}", f"portrait of {person} in {clothes}", f"{clothes} for {person}"]
-        if hair:
-            haired = with_article(f"{self.hair}-haired {person.partition(' ')[2]}")
-            forms = [
-                f"{person} with {hair} {wearing} {clothes}",
-                f"{haired} {wearing} {clothes}",
-                f"{person} {wearing} {clothes}, {hair}",
-                f"a photo of {person} with {hair} in {clothes}",
-                f"{person} {wearing} {clothes} and with {hair}",
-                f"{hair}, {clothes}, {person}",
-            ]
-        return f"{rng.choice(OPENINGS)}{rng.choice(forms)}{rng.choice(CLOSINGS)}"
-
-
-def _garment(style: str, noun: str, rng: np.random.Generator) -> str:
-    return f"{noun} in {style}" if style in COLOURS and rng.uniform() < 0.15 else f"{style} {noun}"
-
-
-def with_article(words: str) -> str:
-    return f"{'an' if words[0] in 'aeioAEIO' else 'a'} {words}"
+        """One combination in ten is never trained on, whatever its shoes, haircut and beard."""
+        return zlib.crc32(replace(self, sneakers="", hair_cut="", beard=False).prompt.encode()) % 10 == 0
 
 
 def sample_outfit(rng: np.random.Generator, held_out: bool = False) -> Outfit:
@@ -157,6 +137,13 @@ def sample_outfit(rng: np.random.Generator, held_out: bool = False) -> Outfit:
             top, bottom_style, bottom = "tuxedo", "", ""
             top_style = choose(("black", "navy", "white", "gray", "red"))
         sneakers = choose(COLOURS) if rng.uniform() < 0.2 else ""
-        outfit = Outfit(ethnicity, person, top_style, top, bottom_style, bottom, hair, sneakers)
+        hair_cut, beard, chance = "", False, rng.uniform()
+        if female:
+            hair_cut = "short" if chance < 0.2 else "long" if chance < 0.3 else ""
+        elif person != "young boy":
+            hair_cut = "bald" if chance < 0.12 else "long" if chance < 0.24 else "short" if chance < 0.34 else ""
+            beard = rng.uniform() < 0.2
+        worn = (top_style, top, bottom_style, bottom)
+        outfit = Outfit(ethnicity, person, *worn, hair, sneakers, hair_cut, beard)
         if outfit.held_out == held_out:
             return outfit

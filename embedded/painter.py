@@ -15,7 +15,7 @@ from embedded.grammar import COLOURS, ETHNICITIES, FEMALE, HAIR, HEMS, LEGS, SLE
 from render.bodies import Body, load_anny, load_anny_body, vertex_normals
 from render.rasteriser import interpolate, rasterize_uv
 
-PAINTER = 3  # to be raised when the same outfit and seed are painted differently: data sets are built anew
+PAINTER = 4  # to be raised when the same outfit and seed are painted differently: data sets are built anew
 # What a texel shows, as numbered in a painting's regions.
 OUTSIDE, SKIN, TOP, BOTTOM, HAIR_REGION, SHOES, DETAIL = range(7)
 ARM_LENGTH = 0.52  # metres, shoulder to wrist
@@ -30,7 +30,7 @@ ARM_BONES = ("upperarm", "lowerarm", "wrist", "finger", "metacarpal")
 @dataclass(frozen=True)
 class Painting:
     """texture: (4, S, S) float32 in [0, 1], alpha 1 on the islands. regions: (S, S) uint8, OUTSIDE to DETAIL; DETAIL
-    is what the outfit's words say nothing about: eyes, lips, trimmings."""
+    is what the outfit's words say nothing about: eyes, lips, beards, trimmings."""
 
     texture: torch.Tensor
     regions: torch.Tensor
@@ -298,6 +298,7 @@ def paint(outfit: Outfit, seed: int, size: int, layout: int | None = None) -> Pa
     paint_shoes(brush, outfit)
     paint_bottom(brush, outfit)
     paint_top(brush, outfit)
+    paint_beard(brush, outfit)
     paint_hair(brush, outfit)
     texture, regions = np.zeros((size, size, 4), np.float32), np.zeros((size, size), np.uint8)
     texture[maps.mask, :3] = np.clip(brush.colours, 0, 1)
@@ -529,21 +530,41 @@ def paint_hood(brush: Brush, front: np.ndarray, torso: np.ndarray) -> None:
     brush.dim(front * brush.inside(np.abs(pocket) - 0.003), 0.66)
 
 
-def paint_hair(brush: Brush, outfit: Outfit) -> None:
+def paint_beard(brush: Brush, outfit: Outfit) -> None:
+    """Cheeks below the sideburns, chin and upper lip, in the hair's colour; no region, for words say little of it."""
+    if not outfit.beard:
+        return
     maps, rng = brush.maps, brush.rng
     points = maps.position
     x, y, z = np.abs(points[:, 0]), points[:, 1], points[:, 2]
-    female = outfit.person in FEMALE
+    ragged = 0.003 * grain(points[:, 0] / 0.004, y / 0.006, rng)
+    cheeks = np.maximum(y - 1.452 - 1.2 * np.maximum(x - 0.024, 0) - ragged, 1.39 - y)
+    moustache = np.maximum(np.abs(y - 1.461 + 2.5 * x**2) - 0.006 - ragged, x - 0.036)
+    lips = np.hypot(x / 0.026, (y - MOUTH + 0.001) / 0.010) - 1
+    worn = np.maximum(np.minimum(cheeks, moustache), -0.01 * lips)
+    strands = 0.22 * grain(points[:, 0] / 0.004, y / 0.012, rng)
+    colour = jitter(HAIR[outfit.hair], rng, 0.08) * (1 + strands)[:, None]
+    share = maps.is_head * (z > 0.015) * (x < 0.074) * brush.inside(worn, 0.004)
+    brush.lay(0.9 * share, np.clip(colour, 0, 1), DETAIL)
+
+
+def paint_hair(brush: Brush, outfit: Outfit) -> None:
+    if outfit.hair_cut == "bald":
+        return
+    maps, rng = brush.maps, brush.rng
+    points = maps.position
+    x, y, z = np.abs(points[:, 0]), points[:, 1], points[:, 2]
+    is_long = outfit.has_long_hair
     ragged = 0.004 * grain(points[:, 0] / 0.004, z / 0.02, rng)
     ragged = ragged + 0.004 * np.sin(points[:, 0] * rng.uniform(60, 110))
     hairline = rng.uniform(1.567, 1.582) + ragged - 0.5 * np.maximum(x - 0.045, 0)
     # Signed distances: above the hairline in front; behind the ears down to the nape.
     cap = hairline - y
     sides = np.maximum(z - 0.045 - ragged, 1.505 - y)
-    nape = np.maximum(z, (1.452 if not female else 1.30) - y)
+    nape = np.maximum(z, (1.30 if is_long else 1.452) - y)
     scalp = maps.is_head * brush.inside(np.minimum(np.minimum(cap, sides), nape), 0.006)
     ears = maps.is_head & (x > 0.078) & (y < 1.545) & (z > -0.02)
-    if female:
+    if is_long:
         length = rng.uniform(1.24, 1.40)
         falls = np.maximum(np.maximum(length + ragged - y, y - 1.46), np.maximum(z + 0.02, x - 0.10))
         framing = np.minimum(np.maximum(0.060 + ragged - x, z - 0.075), z - 0.035)

@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 from atlas_dataset.sources import HuggingFaceATLAS, fingerprint
 from common.errors import UserError
 from common.pictures import encode_image, image_from_pixels
+from embedded.captions import CAPTIONER, sentence
 from embedded.grammar import sample_outfit
 from embedded.painter import PAINTER, paint
 
@@ -30,7 +31,7 @@ def open_textures(
 
 
 class ProceduralTextures(Dataset):
-    """`count` textures painted on Anny, each with its prompt, every third one a sentence; held_out gives combinations
+    """`count` textures painted on Anny, each with its prompt, every second one a sentence; held_out gives combinations
     never trained on."""
 
     body = "anny"  # whose UV layout they have
@@ -42,7 +43,7 @@ class ProceduralTextures(Dataset):
         return self.count
 
     def fingerprint(self) -> str:
-        return fingerprint(self.count, self.size, self.seed, self.held_out, PAINTER)
+        return fingerprint(self.count, self.size, self.seed, self.held_out, PAINTER, CAPTIONER)
 
     def name(self, index: int) -> str:
         return f"procedural texture {index}"
@@ -54,5 +55,5 @@ class ProceduralTextures(Dataset):
         rng = np.random.default_rng([self.seed, index, self.held_out])
         outfit = sample_outfit(rng, self.held_out)
         texture = paint(outfit, self.seed * 1_000_003 + index, self.size).texture
-        caption = outfit.sentence(rng) if index % 3 == 2 else outfit.prompt
+        caption = sentence(outfit, rng).text if index % 2 else outfit.prompt
         return encode_image(image_from_pixels(texture * 2 - 1), format="PNG"), caption

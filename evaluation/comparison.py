@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from common.errors import UserError
-from evaluation.distances import DISTANCES
+from evaluation.distances import BIASED, DISTANCES, cannot_be_had, half_samples
+from evaluation.extractors import network_label
 from evaluation.report import better, column, read_results, shown
 from evaluation.uncertainty import (
-    HALVES,
     Figure,
     paired_difference,
     samples_needed,
@@ -31,19 +31,18 @@ def compare(first: str, second: str) -> dict[str, dict | str]:
     rows_of = {}
     for task in sorted(results["tasks"].keys() & other["tasks"].keys() - {"truth", "shuffled"}):
         ours, theirs = results["tasks"][task], other["tasks"][task]
-        for name in ours["figures"]:
-            if name.rpartition(".")[2] in DISTANCES and name.startswith("render."):
-                continue  # of sets, below
-            label = f"{task}.{name}"
+        sets = _shared_sets(task, features, other_features)
+        for name in dict.fromkeys([*ours["figures"], *theirs["figures"]]):
+            label, (parent, _, leaf) = f"{task}.{name}", name.rpartition(".")
+            network = parent.removeprefix("render.")
             if name in ours["values"] and name in theirs["values"]:
                 left, right = (column(side["values"][name]) for side in (ours, theirs))
                 rows_of[label] = _compared(label, left[rows], right[other_rows])
+            elif leaf in DISTANCES and network in sets:
+                ours_of, theirs_of, truth = sets[network]
+                rows_of[label] = _compare_sets(leaf, label, ours_of[rows], theirs_of[other_rows], truth[rows])
             else:
-                reasons = [side["figures"].get(name, "was not measured") for side in (ours, theirs)]
-                rows_of[label] = next((text for text in reasons if isinstance(text, str)), "was not measured")
-        for name, sets in _shared_sets(task, features, other_features).items():
-            ours_of, theirs_of, truth = sets
-            rows_of |= _compare_sets(f"{task}.render.{name}", ours_of[rows], theirs_of[other_rows], truth[rows])
+                rows_of[label] = _why_not(name, ours, theirs)
     if not rows_of:
         raise UserError(f"{first} and {second} have no task in common: {[*results['tasks']]}, {[*other['tasks']]}")
     return rows_of
@@ -55,6 +54,15 @@ def _pairs(results: dict, other: dict) -> tuple[list[int], list[int]]:
     number_of = {key: number for number, key in enumerate(others)}
     rows = [row for row, key in enumerate(keys) if key in number_of]
     return rows, [number_of[keys[row]] for row in rows]
+
+
+def _why_not(name: str, ours: dict, theirs: dict) -> str:
+    """The first reason for none that a result has for a measure."""
+    figures = [side["figures"].get(name, "was not measured in both") for side in (ours, theirs)]
+    return next(
+        (figure for figure in figures if isinstance(figure, str)),
+        "needs features.safetensors beside both results.json, of the true textures too",
+    )
 
 
 def _compared(name: str, left: Tensor, right: Tensor) -> dict | str:
@@ -77,27 +85,23 @@ def _row(difference: Figure | str, needed: int | str) -> dict | str:
 
 
 def _shared_sets(task: str, features: dict, others: dict) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """By network: the features of both, and of the true textures."""
+    """By network, as rows name it: the features of both, and of the true textures."""
     names = [key.partition("/")[2] for key in features if key.startswith(f"{task}/") and key in others]
     return {
-        name.replace(".", "_"): (features[f"{task}/{name}"], others[f"{task}/{name}"], features[f"truth/{name}"])
+        network_label(name): (features[f"{task}/{name}"], others[f"{task}/{name}"], features[f"truth/{name}"])
         for name in names
         if f"truth/{name}" in features
     }
 
 
-def _compare_sets(prefix: str, ours: Tensor, theirs: Tensor, truth: Tensor) -> dict[str, dict | str]:
-    """The distances that need few samples; FID and MIND need more than are usually compared, and are told by each
-    result alone."""
-    rows = {}
-    for name in ("kid", "cmmd"):
-        label, repeats = f"{prefix}.{name}", HALVES if ours.shape[-1] <= 1024 else HALVES // 5
-        if len(ours) < 4:
-            rows[label] = f"{label} needs 4 textures, has {len(ours)}"
-            continue
-        difference = set_difference(label, DISTANCES[name], ours, theirs, truth, repeats=repeats)
-        rows[label] = _row(difference, samples_needed_for_sets(label, difference))
-    return rows
+def _compare_sets(name: str, label: str, ours: Tensor, theirs: Tensor, truth: Tensor) -> dict | str:
+    """A distance of DISTANCES: features (N, V, D) of both on the same samples, drawn together."""
+    if reason := cannot_be_had(name, ours, truth):
+        return reason
+    difference = set_difference(label, DISTANCES[name], ours, theirs, truth, repeats=half_samples(ours))
+    if name in BIASED and not isinstance(difference, str):
+        return _row(difference, "cannot be said: its bias changes with their number")
+    return _row(difference, samples_needed_for_sets(label, difference))
 
 
 def comparison_table(rows: dict[str, dict | str]) -> str:

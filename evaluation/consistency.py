@@ -14,7 +14,6 @@ import torch
 from scipy.ndimage import distance_transform_edt
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
-from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,13 +21,13 @@ from evaluation.uncertainty import too_few
 from render import seams
 from render.bodies import Body, vertex_normals
 from render.rasteriser import interpolate, rasterize_uv
+from render.uv_space import mirrored_texels
 
 LUMINANCE = (0.2126, 0.7152, 0.0722)  # of red, green and blue (Rec. 709), on the values as they are stored
 SMALLEST_STEP = 0.5 / 255  # no 8-bit texture differs by less
 DIFFERENT_COLOURS = 0.25  # distance in RGB from which on a foreign colour is told from the island's own
 FEWEST_BORDER_TEXELS = 100
 SAME_COLOUR = 2.5 / 255
-MIRROR_TOLERANCE = 0.01  # of the body's height, between a texel and its mirror image
 FALSE_ALARMS = 0.05  # share of the references in which a class of defects may be seen
 
 # The four defect classes of textures in 3D-DefectBench (2026), by the measures that see them; a measure counts where
@@ -216,22 +215,9 @@ def fill(body: Body, texture: Tensor) -> float:
 # Halves.
 
 
-@functools.lru_cache(maxsize=2)
-def _mirrored_texels(body: Body, size: int) -> tuple[Tensor, Tensor]:
-    """Texels and those that lie at the mirrored places of the body: flat indices (K,) each."""
-    fragments = rasterize_uv(body, size)
-    positions = interpolate(fragments, body.faces, body.vertices).double().numpy()
-    low, high = body.vertices.amin(0), body.vertices.amax(0)
-    middle = (low + high)[0].item() / 2
-    mirrored = np.column_stack([2 * middle - positions[:, 0], positions[:, 1:]])
-    distance, nearest = cKDTree(positions).query(mirrored)
-    close = distance <= MIRROR_TOLERANCE * (high - low)[1].item()
-    return fragments.pixel[torch.from_numpy(close)], fragments.pixel[torch.from_numpy(nearest[close])]
-
-
 def mirror_difference(body: Body, texture: Tensor) -> float:
     """Mean absolute difference between the body's left and right half, over RGB; NaN for a body without such halves."""
-    left, right = _mirrored_texels(body, texture.shape[-1])
+    left, right = mirrored_texels(body, texture.shape[-1])
     if len(left) < 0.5 * len(rasterize_uv(body, texture.shape[-1]).pixel):
         return math.nan
     flat = texture.flatten(1)
@@ -302,6 +288,21 @@ MEASURES: dict[str, Callable[[Body, Tensor], float]] = {
     "gradient_energy": gradient_energy,
     "noise": noise,
     "baked_light": baked_light,
+}
+
+
+_ONE_BACKGROUND = "needs textures with one colour outside the islands; these are filled, or have several there"
+# Of each measure that may be NaN: what not one of the textures had.
+NEEDED = {
+    "seam_error": "needs a body with seams",
+    "seam_jump": "needs a body with seams",
+    "bleeding_background": f"{_ONE_BACKGROUND}, or are of that colour",
+    "bleeding_islands": f"needs {FEWEST_BORDER_TEXELS} texels on borders whose nearest island has another colour",
+    "fill": _ONE_BACKGROUND,
+    "mirror_difference": "needs a body whose left half mirrors its right",
+    "gradient_energy": "needs islands of two texels and more",
+    "noise": "needs islands of three by three texels and more",
+    "baked_light": "needs a body that covers texels",
 }
 
 

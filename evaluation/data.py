@@ -7,13 +7,12 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from atlas_dataset.dataset import ATLASLarge
+from atlas_dataset.dataset import ATLASLarge, data_set_source
 from atlas_dataset.sources import HuggingFaceATLAS
 from common.errors import UserError
 from common.pictures import image_from_pixels, open_image, pixels_from_image
 from config.configuration import Config
-from embedded.grammar import Outfit
-from embedded.painter import Painting
+from embedded.sources import is_procedural, open_textures
 from evaluation.procedural import SIZE, Judge, resized, view_of
 
 PROCEDURAL, PROMPTS_ALONE = "procedural", "prompts without true textures"
@@ -28,6 +27,7 @@ class EvaluationSet:
     that are measured, in texels a side. names: of the samples, each once. The functions take a sample's number:
     truth → (3, size, size) in [0, 1], as stored; picture → a picture of the person; attributes, with a texture → a
     name → the share of right answers. None: the set has none. skipped: what could not be read, a sentence each.
+    warnings: what a reader of its figures must know, a sentence each.
     """
 
     name: str
@@ -39,13 +39,15 @@ class EvaluationSet:
     picture: Callable[[int], Image.Image] | None = None
     attributes: Callable[[int, Tensor], dict[str, float]] | None = None
     skipped: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.names)
 
 
-def procedural_set(truths: list[tuple[Outfit, Painting]], judge: Judge) -> EvaluationSet:
-    """truths: of `held_out_paintings`."""
+def procedural_set(judge: Judge) -> EvaluationSet:
+    """The held-out outfits that judge knows."""
+    truths = judge.truths
 
     def picture(number: int) -> Image.Image:
         return view_of(truths[number][1], number)[0]
@@ -55,10 +57,11 @@ def procedural_set(truths: list[tuple[Outfit, Painting]], judge: Judge) -> Evalu
         "anny",
         SIZE,
         [f"{number:05d}" for number in range(len(truths))],
-        [outfit.prompt for outfit, _ in truths],
+        [outfit.prompt for outfit in truths.outfits],
         lambda number: truths[number][1].texture[:3],
         picture,
         judge.shares,
+        skipped=judge.lengths_that_do_not_count(),
     )
 
 
@@ -100,6 +103,25 @@ def stored_set(root: str, cfg: Config, size: int, with_pictures: bool, limit: in
         (lambda number: image_from_pixels(dataset.image(first_render[rows[number]]))) if has_pictures else None,
         skipped=skipped,
     )
+
+
+def training_warning(data: str, cfg: Config, native_resolution: int) -> str | None:
+    """What to say of figures on `data` of a checkpoint that was trained on it; None where it was not, by all that its
+    configuration tells: the data set's folder, or its name where the folder has been moved, or what was painted.
+
+    native_resolution: of the checkpoint's base. Raises UserError for a procedural set that cannot be."""
+    trained_on = cfg.data.dataset
+    if is_procedural(trained_on):
+        size = max(cfg.data.resolution or native_resolution, native_resolution)
+        source = open_textures(trained_on, size=size, seed=cfg.training.seed).fingerprint()
+        is_same = data_set_source(data) == source
+    else:
+        is_same = Path(data).resolve().name == Path(trained_on).resolve().name
+    if not is_same:
+        return None
+    held_out = cfg.data.validation_textures
+    seen = f"all but {held_out} of its textures, drawn at random," if held_out else "its textures"
+    return f"this checkpoint was trained on {trained_on}: it has seen {seen}, and the figures tell what it remembers"
 
 
 def read_texture(source: str | Path | bytes, size: int, name: str | None = None) -> Tensor:
@@ -174,4 +196,5 @@ def _chosen(samples: EvaluationSet, numbers: list[int], skipped: list[str]) -> E
         renumbered(samples.picture),
         renumbered(samples.attributes),
         samples.skipped + skipped,
+        samples.warnings,
     )

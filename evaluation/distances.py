@@ -19,7 +19,7 @@ CMMD_BANDWIDTH, CMMD_SCALE = 10.0, 1000.0  # Jayasumana et al. 2024
 MIND_PROJECTIONS, MIND_SEED = 1000, 2020  # Berthet et al. 2026; torch-fidelity's
 FEWEST_FOR_MIND = 1000  # pictures from which on it says something, by its authors
 ROWS = 1024  # of a matrix of kernels at once
-WIDE = 1024  # features whose covariance takes seconds: fewer half-samples of them
+WIDE = 1024  # features whose covariance takes seconds
 
 
 def pooled(features: Tensor) -> Tensor:
@@ -102,24 +102,37 @@ DISTANCES: dict[str, Statistic] = {
 }
 
 
+BIASED = ("fid", "mind")  # by the number of pictures, and by another amount for each system (Chong and Forsyth 2020)
+
+
+def cannot_be_had(name: str, features: Tensor, references: Tensor) -> str | None:
+    """Why a distance of DISTANCES says nothing of these sets, (N, V, D) and (M, V, D): a number would say more about
+    their count than about the pictures. None where it can be had."""
+    pictures = min(math.prod(side.shape[:2]) for side in (features, references))
+    fewest = {"fid": features.shape[-1] + 1, "mind": FEWEST_FOR_MIND}.get(name, 2)
+    if pictures < fewest:
+        return too_few(name, pictures, fewest)
+    textures = min(len(features), len(references))
+    return too_few(name, textures, 2, "textures") if textures < 2 else None
+
+
+def half_samples(features: Tensor) -> int:
+    """How many are drawn for an interval: fewer of wide features, whose distances take seconds."""
+    return HALVES if features.shape[-1] <= WIDE else HALVES // 5
+
+
 def set_distances(
     features: Tensor, references: Tensor, names: Iterable[str] = DISTANCES, seed: int = 0, repeats: int | None = None
 ) -> dict[str, Figure | str]:
     """Distances of DISTANCES between the renders of two sets, with intervals over textures: a name → a Figure, or how
     many pictures it needs. features, references: (N, V, D) and (M, V, D) of one extractor."""
-    pictures = min(math.prod(side.shape[:2]) for side in (features, references))
-    textures, width = min(len(features), len(references)), features.shape[-1]
-    repeats = repeats or (HALVES if width <= WIDE else HALVES // 5)
     figures: dict[str, Figure | str] = {}
     for name in names:
-        distance = DISTANCES[name]
-        # Below these a number would say more about their count than about the pictures.
-        fewest = {"fid": width + 1, "mind": FEWEST_FOR_MIND}.get(name, 2)
-        if pictures < fewest:
-            figures[name] = too_few(name, pictures, fewest)
-        elif textures < 2:
-            figures[name] = too_few(name, textures, 2, "textures")
-        else:
+        distance, reason = DISTANCES[name], cannot_be_had(name, features, references)
+        if reason is None:
             value = distance(features, references)
-            figures[name] = set_figure(value, distance, features, references, seed, repeats)
+            drawn = repeats or half_samples(features)
+            figures[name] = set_figure(value, distance, features, references, seed, drawn)
+        else:
+            figures[name] = reason
     return figures

@@ -162,6 +162,11 @@ def _load_whole(cls, source: str, folder: str, **options):
     return model
 
 
+def network_label(name: str) -> str:
+    """What a network's rows are called; rows' names are nested at dots."""
+    return name.replace(".", "_")
+
+
 def unit(features: Tensor) -> Tensor:
     """(..., D), each of length 1."""
     return F.normalize(features, dim=-1)

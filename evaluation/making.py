@@ -16,11 +16,11 @@ from common.pictures import image_from_pixels
 from common.progress import progress
 from evaluation.data import EvaluationSet
 from evaluation.procedural import ROWS_AT_ONCE, SEED, SENTENCES, blend_name, blends, sentences_name
+from models.adapters import weights_hash
 from models.base import resolve_source
 from models.checkpoints import TrainedModel
 from models.diffusion import autocast, resolve_precision
 from models.generation import conditions_of, generate_guided, joined, prompt_length, shares_of
-from models.pipeline import weights_hash
 from models.settings import BLEND, GenerationSettings, encode_described, read_description
 
 

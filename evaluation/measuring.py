@@ -4,7 +4,7 @@ Names are FAMILY.MEASURE: `texture`, texel by texel; `render`, on the body, thos
 `uv`, consistency; `follows`, whether what was asked for is there.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -13,10 +13,18 @@ from tqdm import tqdm
 
 from common import processes
 from common.pictures import prepare_image
-from evaluation.consistency import consistency, defects, sharpness
+from evaluation.attributes import told_attributes
+from evaluation.consistency import NEEDED, consistency, defects, sharpness
 from evaluation.data import EvaluationSet
 from evaluation.distances import set_distances
-from evaluation.extractors import Extractor, features_of, text_features_of
+from evaluation.extractors import (
+    CLIP_NAMES,
+    EMBEDDED_BASE,
+    Extractor,
+    features_of,
+    network_label,
+    text_features_of,
+)
 from evaluation.render_space import (
     clip_score,
     compare_renders,
@@ -27,13 +35,12 @@ from evaluation.render_space import (
 )
 from evaluation.texture_space import compare_textures, filled
 from evaluation.uncertainty import Figure, mean_figure, share_figure
-from render.bodies import Body
 from render.rigs import load_body
 from render.uv_space import uv_mask
 
 SHARES = ("follows.", "uv.defects.")  # measures whose values are hits
 NO_TRUTH = "needs true textures; give a data set with --data"
-NO_ATTRIBUTES = "attributes are only told on the procedural set"
+NO_ATTRIBUTES = f"attributes need {CLIP_NAMES['clip']} or another CLIP model: give --extractor clip, or its folder"
 
 Textures = Callable[[int], Tensor]  # the number of a sample → (3, size, size) in [0, 1], as written
 
@@ -62,31 +69,36 @@ class Measures:
             self.values[name] = values.double()
 
 
-def label(extractor: Extractor | str, asked: str) -> str:
-    """What a network's rows are called; names are nested at dots."""
-    return (asked if isinstance(extractor, str) else extractor.name).replace(".", "_")
-
-
-def in_turn(samples: EvaluationSet, textures: Textures, body: Body, is_filled: bool) -> Iterator[Tensor]:
-    """One texture after the other, as written or filled outside the islands: memory stays the same for any N."""
-    mask = uv_mask(body, samples.size)
-    for number in range(len(samples)):
-        texture = textures(number)
-        yield filled(texture[None], mask)[0] if is_filled else texture
-
-
 def observe(samples: EvaluationSet, textures: Textures, extractors: dict[str, Extractor | str], what: str) -> Observed:
     """extractors: by the name they were asked for. what: the textures' name for the progress bar."""
-    body, loaded = (
-        load_body(samples.body),
-        [extractor for extractor in extractors.values() if not isinstance(extractor, str)],
-    )
-    silent = not processes.is_main()
-    in_order = in_turn(samples, textures, body, is_filled=True)
-    features = view_features(body, tqdm(in_order, f"{what}: renders", len(samples), disable=silent), loaded)
-    written = in_turn(samples, textures, body, is_filled=False)
-    measured = consistency(body, tqdm(written, f"{what}: consistency", len(samples), disable=silent))
-    return Observed(features, measured)
+    body, loaded = load_body(samples.body), [network for network in extractors.values() if not isinstance(network, str)]
+    mask, features, rows = uv_mask(body, samples.size), {}, Rows()
+    for number in tqdm(range(len(samples)), f"{what}: renders, consistency", disable=not processes.is_main()):
+        texture = textures(number)
+        for name, views in view_features(body, filled(texture[None], mask), loaded).items():  # (1, 4, D)
+            features.setdefault(name, views.new_empty(len(samples), *views.shape[1:]))[number] = views[0]
+        rows.add(consistency(body, [texture]))
+    return Observed(features, {name: torch.tensor(values, dtype=torch.float64) for name, values in rows.values.items()})
+
+
+class Rows:
+    """What is measured on one sample after the other, as Python's numbers.
+
+    Tensors of one number would lie between the large blocks that renders come and go in, and keep the C library from
+    joining those that are free: memory grew by 2 MB a texture.
+    """
+
+    def __init__(self):
+        self.values: dict[str, list[float]] = {}
+        self.reasons: dict[str, str] = {}
+
+    def add(self, measured: dict[str, Tensor | str]) -> None:
+        """A measure's name → its value on this sample, (1,), or why it cannot be had."""
+        for name, value in measured.items():
+            if isinstance(value, str):
+                self.reasons[name] = value
+            else:
+                self.values.setdefault(name, []).append(value.item())
 
 
 def measure(
@@ -107,18 +119,22 @@ def measure(
         _add_distances_to_truth(measures, samples, textures, face_model)
     for asked, extractor in extractors.items():
         if isinstance(extractor, str):
-            measures.figures[f"render.{label(extractor, asked)}"] = extractor
+            measures.figures[f"render.{network_label(asked)}"] = extractor
             continue
         features = observed.features[extractor.name]
         references = truth.features[extractor.name] if truth and against_truth else None
         _add_network(measures, samples, extractor, features, references)
     for name, values in observed.consistency.items():
-        measures.add(f"uv.{name}", values)
+        is_measured = values.isfinite().any()
+        measures.add(f"uv.{name}", values if is_measured else f"{name} {NEEDED[name]}")
     energies = truth.consistency["gradient_energy"] if truth else None
     measures.add("uv.sharpness", sharpness(observed.consistency["gradient_energy"], energies))
     for name, values in defects(observed.consistency, truth.consistency if truth else None).items():
         measures.add(f"uv.defects.{name}", values)
-    _add_attributes(measures, samples, textures)
+    if samples.attributes:
+        _add_attributes(measures, samples, textures)
+    else:
+        _add_told_attributes(measures, samples, extractors, observed)
     return measures
 
 
@@ -129,28 +145,25 @@ def _add_distances_to_truth(
     if samples.truth is None:
         measures.figures |= dict.fromkeys(("texture", "render.pixels"), NO_TRUTH)
         return
-    body = load_body(samples.body)
-    mask, by_sample = uv_mask(body, samples.size), []
+    body, rows = load_body(samples.body), Rows()
+    mask = uv_mask(body, samples.size)
     for number in tqdm(range(len(samples)), "against the truth", disable=not processes.is_main()):
-        ours, truth = textures(number)[None], samples.truth(number)[None]
-        by_sample.append(compare_textures(ours, truth, mask))
-    for name, first in by_sample[0].items():
-        is_reason = isinstance(first, str)
-        measures.add(f"texture.{name}", first if is_reason else torch.cat([values[name] for values in by_sample]))
-    pairs = [in_turn(samples, side, body, is_filled=True) for side in (textures, samples.truth)]
-    pairs[0] = tqdm(pairs[0], "renders against the truth", len(samples), disable=not processes.is_main())
-    for name, values in compare_renders(body, *pairs).items():
-        measures.add(f"render.{name}", values)
-    if face_model is not None:
-        pairs = [in_turn(samples, side, body, is_filled=True) for side in (textures, samples.truth)]
-        measures.add("render.face_similarity", face_similarity(body, *pairs, face_model))
+        pair = textures(number)[None], samples.truth(number)[None]
+        sides = [filled(side, mask) for side in pair]
+        of_families = {"texture": compare_textures(*pair, mask), "render": compare_renders(body, *sides)}
+        if face_model is not None:
+            of_families["render"]["face_similarity"] = face_similarity(body, *sides, face_model)
+        for family, measured in of_families.items():
+            rows.add({f"{family}.{name}": value for name, value in measured.items()})
+    for name in [*rows.values, *rows.reasons]:
+        measures.add(name, rows.reasons.get(name) or torch.tensor(rows.values[name], dtype=torch.float64))
 
 
 def _add_network(
     measures: Measures, samples: EvaluationSet, extractor: Extractor, features: Tensor, references: Tensor | None
 ) -> None:
     """What one network says of the renders. features, references: (N, 4, D)."""
-    prefix = label(extractor, "")
+    prefix = network_label(extractor.name)
     keys = text_features_of(extractor, samples.prompts)
     if isinstance(keys, str):
         measures.figures[f"render.{prefix}.clip_score"] = keys
@@ -169,13 +182,31 @@ def _add_network(
 
 def _add_attributes(measures: Measures, samples: EvaluationSet, textures: Textures) -> None:
     """A texture's share of right answers to each kind of attribute, NaN where its prompt has none of the kind."""
-    if samples.attributes is None:
-        measures.figures["follows.attributes"] = NO_ATTRIBUTES
-        return
     by_sample = [samples.attributes(number, textures(number)) for number in range(len(samples))]
     for name in dict.fromkeys(name for shares in by_sample for name in shares):
         values = torch.tensor([shares.get(name, torch.nan) for shares in by_sample])
         measures.add(f"follows.{name}", values)
+
+
+def _add_told_attributes(
+    measures: Measures, samples: EvaluationSet, extractors: dict[str, Extractor | str], observed: Observed
+) -> None:
+    """The same by CLIP models, where nobody knows the truth of the texels. The embedded encoders do not count as one:
+    they know painted outfits on one body."""
+    asked = {name: extractor for name, extractor in extractors.items() if CLIP_NAMES.get(name, name) != EMBEDDED_BASE}
+    if not any(isinstance(extractor, str) or extractor.encode_texts for extractor in asked.values()):
+        measures.figures["follows.attributes"] = NO_ATTRIBUTES
+    for name, extractor in asked.items():
+        prefix = f"follows.attributes.{network_label(name if isinstance(extractor, str) else extractor.name)}"
+        if isinstance(extractor, str):
+            measures.figures[prefix] = extractor
+        elif extractor.encode_texts:
+            told = told_attributes(extractor, observed.features[extractor.name], samples.prompts)
+            if isinstance(told, str):
+                measures.figures[prefix] = told
+                continue
+            for kind, hits in told.items():
+                measures.add(f"{prefix}.{kind}", hits)
 
 
 def rolled(textures: Textures, count: int) -> Textures:

@@ -16,67 +16,129 @@ from evaluation.texture_space import filled
 from render.rigs import load_body
 from render.uv_space import uv_mask
 
-FAMILIES = ("texture", "render", "uv", "follows")
+FAMILIES = {
+    "texture": "Against the true textures, texel by texel",
+    "render": "On the body",
+    "uv": "UV consistency",
+    "follows": "What was asked for",
+}
 SIDE = 220  # of a picture on the page, in pixels
+# Grays no lighter than #595959 on white: a contrast of 7, where WCAG AA asks for 4.5.
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1240px; margin: 2em auto; padding: 0 1em }
-h1, h2, h3 { line-height: 1.25 } h2 { margin-top: 2.2em; border-bottom: 1px solid #ddd }
-table { border-collapse: collapse; margin: 1em 0 } th { text-align: left; color: #555; font-weight: 600 }
-td, th { padding: .2em .9em .2em 0; border-bottom: 1px solid #eee; vertical-align: top }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap } td.reason { color: #777 }
-.row { display: flex; gap: 8px; flex-wrap: wrap; align-items: flex-end } figure { margin: 0 0 .6em }
-figcaption { font-size: 12px; color: #666 } img { display: block; width: 150px; height: 150px; object-fit: contain }
-.case { margin: 1.6em 0 } .case p { margin: .2em 0 } code { font-size: 13px }
+:root { color-scheme: light }
+* { box-sizing: border-box }
+body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; color: #1f2328; background: #fff;
+  max-width: 1200px; margin: 0 auto; padding: 2rem 1.25rem 4rem }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem }
+h2 { font-size: 1.35rem; line-height: 1.25; margin: 3rem 0 .75rem }
+h3 { font-size: 1.05rem; margin: 2rem 0 .5rem }
+p { max-width: 75ch; margin: .5rem 0; overflow-wrap: anywhere }
+code { font: .88em ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere }
+.warning { border-left: 4px solid #9a6700; background: #fff8e5; padding: .6rem .9rem }
+table { border-collapse: collapse; width: 100%; table-layout: fixed }
+th, td { text-align: left; vertical-align: top; padding: .4rem 1rem .4rem 0; border-bottom: 1px solid #d8dee4 }
+thead th { border-bottom: 2px solid #59636e }
+tbody th code { overflow-wrap: normal }
+tbody th { font-weight: 400 }
+.family th { font-weight: 700; padding-top: 1.5rem; border-bottom-color: #59636e }
+.network, .interval, .reason, figcaption, .better { color: #595959 }
+.network { display: block; font-size: .85rem; line-height: 1.3 }
+.value { font-weight: 600; font-variant-numeric: tabular-nums }
+.interval { display: block; font-size: .82rem; line-height: 1.4; font-variant-numeric: tabular-nums }
+.reason { font-size: .85rem; line-height: 1.4; overflow-wrap: anywhere }
+.case { margin: 2rem 0 0; padding-top: 1rem; border-top: 1px solid #d8dee4 }
+.case h3 { margin: 0 }
+.row { display: grid; grid-template-columns: repeat(5, 1fr); gap: .5rem; margin-top: .75rem }
+figure { margin: 0 } figcaption { font-size: .85rem; line-height: 1.3; margin-top: .2rem }
+img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: #f6f8fa }
+.picture { max-width: 240px }
+.lists li { margin: .4rem 0; overflow-wrap: anywhere }
+@media (max-width: 720px) {
+  body { padding-top: 1.25rem }
+  h1 { font-size: 1.6rem }
+  thead { display: none }
+  table, tbody, tr, th, td { display: block; border: 0; padding: 0 }
+  tbody tr { padding: .7rem 0; border-bottom: 1px solid #d8dee4 }
+  tbody .family { border-bottom: 2px solid #59636e; padding-bottom: .3rem }
+  td[data-task] { display: grid; grid-template-columns: 9rem 1fr; gap: .5rem; margin-top: .3rem }
+  td[data-task]::before { content: attr(data-task); color: #595959; font-size: .85rem; line-height: 1.7 }
+  td:empty { display: none }
+  .row { grid-template-columns: repeat(2, 1fr) }
+  .row figure:first-child { grid-column: 1 / -1 }
+}
 """
 
 
 def page(results: dict, samples: EvaluationSet, measured: dict[str, Measures], made: dict[str, Callable]) -> str:
     """The HTML. made: a task's name → the number of a sample → its texture (3, size, size) in [0, 1]."""
-    sections = [f"<p>{html.escape(heading(results))} Values with 95&nbsp;% intervals; N is the number of samples.</p>"]
+    told = (
+        f"{html.escape(heading(results))} Below each value stands its 95&nbsp;% interval; N is the number of samples."
+    )
+    sections = [f"<p>{told}</p>"]
+    warnings = results.get("warnings", [])
+    sections += [f'<p class="warning"><b>Warning:</b> {html.escape(warning)}.</p>' for warning in warnings]
     sections += [_table(results)]
     for task, textures in made.items():
         sections.append(
             f"<h2>{TITLES[task]}: best, median and worst</h2>{_cases(samples, measured[task], textures, task)}"
         )
     skipped = "".join(f"<li>{html.escape(line)}</li>" for line in results["skipped"]) or "<li>Nothing.</li>"
-    sections.append(f"<h2>Skipped</h2><ul>{skipped}</ul>")
-    head = f'<head><meta charset="utf-8"><title>Evaluation</title><style>{STYLE}</style></head>'
-    body = f"<body><h1>Evaluation</h1>{''.join(sections)}</body>"
+    sections.append(f'<h2>Skipped</h2><ul class="lists">{skipped}</ul>')
+    viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f'<head><meta charset="utf-8">{viewport}<title>Evaluation</title><style>{STYLE}</style></head>'
+    body = f"<body><main><h1>Evaluation</h1>{''.join(sections)}</main></body>"
     return f'<!doctype html><html lang="en">{head}{body}</html>\n'
 
 
 def _table(results: dict) -> str:
     """A row a measure, a column a task; what could be had of none stands below, with the reason."""
-    tasks = results["tasks"]
+    tasks, families = results["tasks"], list(FAMILIES)
     names = dict.fromkeys(name for measures in tasks.values() for name in measures["figures"])
-    names = sorted(names, key=lambda name: FAMILIES.index(name.partition(".")[0]))
-    heads = "".join(f"<th>{html.escape(TITLES[task])}</th>" for task in tasks)
+    names = sorted(names, key=lambda name: (families.index(name.partition(".")[0]), name.count(".")))
+    heads = "".join(f'<th scope="col">{html.escape(TITLES[task])}</th>' for task in tasks)
     rows, reasons, family = [], {}, ""
     for name in names:
-        figures = [measures["figures"].get(name) for measures in tasks.values()]
-        told = [figure for figure in figures if isinstance(figure, str)]
-        if not any(isinstance(figure, dict) for figure in figures):
+        figures = {task: measures["figures"].get(name) for task, measures in tasks.items()}
+        told = [figure for figure in figures.values() if isinstance(figure, str)]
+        if not any(isinstance(figure, dict) for figure in figures.values()):
             reasons.setdefault(told[0], []).append(name)
             continue
         if name.partition(".")[0] != family:
             family = name.partition(".")[0]
-            rows.append(f'<tr><th colspan="{len(tasks) + 2}">{family}</th></tr>')
-        cells = "".join(map(_cell, figures))
-        rows.append(f"<tr><td><code>{html.escape(name)}</code></td><td>{better(name)}</td>{cells}</tr>")
+            columns = len(tasks) + 1
+            rows.append(f'<tr class="family"><th colspan="{columns}" scope="colgroup">{FAMILIES[family]}</th></tr>')
+        cells = "".join(_cell(task, figure) for task, figure in figures.items())
+        rows.append(f'<tr><th scope="row">{_name(name)}</th>{cells}</tr>')
     left_out = "".join(
         f"<li><code>{html.escape(', '.join(names))}</code>: {html.escape(text)}</li>" for text, names in reasons.items()
     )
-    table = f"<table><tr><th>measure</th><th></th>{heads}</tr>{''.join(rows)}</table>"
-    return f"<h2>Figures</h2>{table}" + (f"<h3>Not measured</h3><ul>{left_out}</ul>" if left_out else "")
+    head = f'<thead><tr><th scope="col">measure</th>{heads}</tr></thead>'
+    table = f"<table>{head}<tbody>{''.join(rows)}</tbody></table>"
+    left_out = f'<h3>Not measured</h3><ul class="lists">{left_out}</ul>' if left_out else ""
+    return f"<h2>Figures</h2>{table}{left_out}"
 
 
-def _cell(figure: dict | str | None) -> str:
+def _name(name: str) -> str:
+    """A measure without its family, the network that it is of below, and which way is better."""
+    _, *network, leaf = name.split(".")
+    if network and name.startswith("follows."):
+        network, leaf = ([leaf], network[0]) if "retrieval" in network[0] else (network, leaf)
+    arrow = f' <span class="better" title="larger is better">{better(name)}</span>' if better(name) else ""
+    arrow = arrow.replace("larger", "smaller") if better(name) == "↓" else arrow
+    below = f'<span class="network">{html.escape(": ".join(network))}</span>' if network else ""
+    return f"<code>{html.escape(leaf)}</code>{arrow}{below}"
+
+
+def _cell(task: str, figure: dict | str | None) -> str:
+    label = f'data-task="{html.escape(TITLES[task].partition(" (")[0])}"'
     if figure is None:
         return "<td></td>"
     if isinstance(figure, str):
-        return f'<td class="reason">{html.escape(figure)}</td>'
-    interval = f"[{shown(figure['low'])}, {shown(figure['high'])}]"
-    return f'<td class="number"><b>{shown(figure["value"])}</b> {interval} N={figure["count"]}</td>'
+        return f'<td {label}><span class="reason">{html.escape(figure)}</span></td>'
+    skipped = f", {figure['skipped']} not measured" if figure["skipped"] else ""
+    interval = f"{shown(figure['low'])} to {shown(figure['high'])}, N&nbsp;=&nbsp;{figure['count']}{skipped}"
+    value = f'<span class="value">{shown(figure["value"])}</span><span class="interval">{interval}</span>'
+    return f"<td {label}><span>{value}</span></td>"
 
 
 def chosen_cases(values: Tensor) -> dict[str, int]:
@@ -95,15 +157,15 @@ def _cases(samples: EvaluationSet, measures: Measures, textures: Callable, task:
     name, values = ranked
     cases = [f"<p>By <code>{html.escape(name)}</code>.</p>"]
     for case, number in chosen_cases(values).items():
-        told = f"{case}: <code>{shown(values[number].item())}</code>, sample {html.escape(samples.names[number])}"
+        told = f"{case.capitalize()}: {shown(values[number].item())}, sample {html.escape(samples.names[number])}"
         prompt = html.escape(samples.prompts[number])
         prompt = f"“{prompt}”" if task != "i2uv" else f"from the picture alone; it shows “{prompt}”"
         rows = [_row(samples, textures(number), "made")]
         if samples.truth:
             rows.append(_row(samples, samples.truth(number), "true"))
         if task == "i2uv" and samples.picture:
-            rows.insert(0, f'<div class="row">{_figure(samples.picture(number), "the picture")}</div>')
-        cases.append(f'<div class="case"><p><b>{told}</b></p><p>{prompt}</p>{"".join(rows)}</div>')
+            rows.insert(0, f'<div class="picture">{_figure(samples.picture(number), "the picture")}</div>')
+        cases.append(f'<div class="case"><h3>{told}</h3><p>{prompt}</p>{"".join(rows)}</div>')
     return "".join(cases)
 
 
@@ -111,8 +173,8 @@ def _row(samples: EvaluationSet, texture: Tensor, what: str) -> str:
     """A texture and its four renders."""
     body = load_body(samples.body)
     views = render_four_views(body, filled(texture[None], uv_mask(body, samples.size))[0], 2 * SIDE)
-    captions = ["in front", "one side", "behind", "the other side"]
-    pictures = [(image_from_pixels(view * 2 - 1), caption) for view, caption in zip(views, captions)]
+    sides = ["in front", "one side", "behind", "the other side"]
+    pictures = [(image_from_pixels(view * 2 - 1), f"{what}, {side}") for view, side in zip(views, sides)]
     pictures.insert(0, (image_from_pixels(texture * 2 - 1), f"{what} texture"))
     return f'<div class="row">{"".join(_figure(*pair) for pair in pictures)}</div>'
 

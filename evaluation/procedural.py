@@ -1,15 +1,17 @@
 """Measures on the procedural set, where the truth of every texel is known."""
 
 import functools
+import itertools
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from skimage.color import rgb2lab
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
@@ -17,7 +19,7 @@ from tqdm import tqdm
 from atlas_dataset.views import frame_bodies, render_texture
 from common.pictures import image_from_pixels
 from config.configuration import Render
-from embedded.grammar import COLOURS, ETHNICITIES, HAIR, PATTERNS, Outfit, sample_outfit
+from embedded.grammar import COLOURS, ETHNICITIES, HAIR, PATTERNS, SLEEVES, Outfit, sample_outfit
 from embedded.painter import BOTTOM, HAIR_REGION, SKIN, TOP, Painting, body_maps, paint
 from evaluation.consistency import gradient_energy, seam_error
 from evaluation.sentences import FORMS, SYNONYMS
@@ -33,10 +35,13 @@ from render.uv_space import fill_outside, texture_pixels
 SEED = 90_001  # of the held-out outfits; training draws its own from small seeds
 SIZE = 256  # of the true textures
 ROWS_AT_ONCE = 8
+PAINTINGS_KEPT = 4 * ROWS_AT_ONCE
 FITTED_TO = 400  # true textures, the classifier of patterns
 IMG_WEIGHTS = (0.25, 0.5, 0.75)
 REGIONS = {"top": TOP, "bottom": BOTTOM, "hair": HAIR_REGION, "skin": SKIN}
 PATTERN_NAMES = ("plain", *PATTERNS)
+CUFF = 0.04  # of the arm, left out on both sides of a sleeve's end
+JUST_NOTICEABLE = 2.3  # a difference in CIELAB (Mahy, van Eycken and Oosterlinck 1994)
 SENTENCES = {"forms": FORMS, "synonyms": SYNONYMS}
 MEDIANS = ("i2uv.skin_lab",)  # measures of which outliers say little
 
@@ -69,23 +74,53 @@ def colours_named(outfit: Outfit) -> dict[str, str]:
 
 
 def limbs() -> dict[str, Tensor]:
-    """Masks (SIZE, SIZE) of forearms and shins."""
+    """Masks (SIZE, SIZE) of what the grammar's long sleeves and legs cover and its short ones leave bare: round the
+    elbows, and the shins."""
     maps = body_maps(SIZE)
-    forearm = (maps.arm > 0.60) & (maps.arm < 0.88) & ~maps.is_hand
+    ends: dict[str, list[float]] = {"long": [], "short": []}
+    for top, end in SLEEVES.items():
+        ends[Outfit("", "", "", top, "", "", "").sleeve_length].append(end)
+    elbow = (maps.arm > max(ends["short"]) + CUFF) & (maps.arm < min(ends["long"]) - CUFF)
     shin = (maps.arm < 0) & (maps.position[:, 1] > 0.14) & (maps.position[:, 1] < 0.38)
     masks = {}
-    for name, texels in (("sleeve", forearm), ("leg", shin)):
+    for name, texels in (("sleeve", elbow), ("leg", shin)):
         mask = np.zeros(maps.mask.shape, bool)
         mask[maps.mask] = texels
         masks[name] = torch.from_numpy(mask)
     return masks
 
 
+def colour_spread(texture: Tensor, mask: Tensor) -> MultivariateNormal:
+    """The colours of texture (3, SIZE, SIZE) in [0, 1] over a mask, in CIELAB: a Gaussian, no narrower than what the
+    eye takes for one colour."""
+    colours = lab(texture[:, mask].T)
+    return MultivariateNormal(colours.mean(0), colours.T.cov() + JUST_NOTICEABLE**2 * torch.eye(3))
+
+
 def length(texture: Tensor, limb: Tensor, cloth: Tensor, skin: Tensor) -> str:
-    """ "long" where the limb's texels look more like the cloth than like the skin (3,)."""
+    """ "long" where most of the limb's texels are likelier among the colours of the cloth than among the skin's.
+
+    Of several colours, as a plaid's, none need be near the cloth's median. cloth, skin: masks (SIZE, SIZE); what of
+    them lies on the limb is left out.
+    """
     texels = lab(texture[:, limb].T)
-    nearer = (texels - lab(cloth)).norm(dim=-1) < (texels - lab(skin)).norm(dim=-1)
-    return "long" if nearer.float().mean() > 0.5 else "short"
+    spreads = [colour_spread(texture, mask & ~limb) for mask in (cloth, skin)]
+    like_cloth, like_skin = (spread.log_prob(texels) for spread in spreads)
+    return "long" if (like_cloth > like_skin).float().mean() > 0.5 else "short"
+
+
+def limb_cloth(outfit: Outfit, painting: Painting) -> dict[str, int]:
+    """What covers a limb, or would: "sleeve" and "leg" → a region.
+
+    None where there is next to no cloth or skin, or where both have one colour in truth, so that nobody could say how
+    long it is."""
+    regions = {"sleeve": TOP, "leg": BOTTOM if outfit.bottom else TOP}
+    skin, covering = region_colour(painting.texture[:3], painting, SKIN), {}
+    for limb, region in regions.items():
+        cloth = region_colour(painting.texture[:3], painting, region)
+        if cloth is not None and skin is not None and (lab(cloth) - lab(skin)).norm() > JUST_NOTICEABLE:
+            covering[limb] = region
+    return covering
 
 
 def pattern_features(texture: Tensor, mask: Tensor) -> Tensor:
@@ -108,7 +143,7 @@ def pattern_features(texture: Tensor, mask: Tensor) -> Tensor:
 class PatternClassifier:
     """Multinomial logistic regression on `pattern_features` of true textures, sharp and as the autoencoder has them."""
 
-    def __init__(self, paintings: list[tuple[Outfit, Painting]], textures: list[Tensor]):
+    def __init__(self, paintings: Sequence[tuple[Outfit, Painting]], textures: Iterable[Tensor]):
         """textures: (3, SIZE, SIZE) in [0, 1] of the paintings, of which there may be several rounds."""
         rows, labels = [], []
         for index, texture in enumerate(textures):
@@ -177,42 +212,68 @@ def score(
     limb_masks: dict[str, Tensor],
 ) -> None:
     """Adds one generated texture (3, SIZE, SIZE) in [0, 1]."""
-    medians = colour_right(tally, task, outfit, painting, texture)
+    colour_right(tally, task, outfit, painting, texture)
     for style, region in ((outfit.top_style, TOP), (outfit.bottom_style, BOTTOM)):
         if style:
             pattern = style if style in PATTERNS else "plain"
             tally.add(f"{task}.pattern", classifier(texture, painting.regions == region) == pattern)
-    skin, sleeves = medians["skin"], medians["top"]
-    legs = medians["bottom"] if outfit.bottom else medians["top"]
-    for name, cloth, told in (("sleeve", sleeves, outfit.sleeve_length), ("leg", legs, outfit.leg_length)):
-        if cloth is not None and skin is not None:
-            tally.add(f"{task}.length", length(texture, limb_masks[name], cloth, skin) == told)
+    told, is_skin = {"sleeve": outfit.sleeve_length, "leg": outfit.leg_length}, painting.regions == SKIN
+    for limb, region in limb_cloth(outfit, painting).items():
+        shown = length(texture, limb_masks[limb], painting.regions == region, is_skin)
+        tally.add(f"{task}.length", shown == told[limb])
 
 
-def held_out_paintings(count: int) -> list[tuple[Outfit, Painting]]:
+class Paintings(Sequence):
+    """Outfits, each with what it looks like at SIZE: painted when it is asked for and the last few kept, so that memory
+    stays the same for any number."""
+
+    def __init__(self, outfits: list[Outfit], first_seed: int):
+        self.outfits, self.first_seed = outfits, first_seed
+
+    def __len__(self) -> int:
+        return len(self.outfits)
+
+    def __getitem__(self, number: int) -> tuple[Outfit, Painting]:
+        return self.outfits[number], _painted(self.outfits[number], self.first_seed + number)
+
+
+@functools.lru_cache(maxsize=PAINTINGS_KEPT)
+def _painted(outfit: Outfit, seed: int) -> Painting:
+    return paint(outfit, seed, SIZE)
+
+
+def held_out_paintings(count: int) -> Paintings:
     """Outfits that training never sees, painted at SIZE."""
     rng = np.random.default_rng(SEED)
-    outfits = [sample_outfit(rng, held_out=True) for _ in range(count)]
-    return [(outfit, paint(outfit, SEED + index, SIZE)) for index, outfit in enumerate(outfits)]
+    return Paintings([sample_outfit(rng, held_out=True) for _ in range(count)], SEED)
 
 
 class Judge:
     """Tells whether textures show the attributes of held-out outfits."""
 
-    def __init__(self, truths: list[tuple[Outfit, Painting]], trained: TrainedModel | None = None):
+    def __init__(self, truths: Paintings, trained: TrainedModel | None = None):
         """trained: whose autoencoder blurs half of what the classifier of patterns is fitted to; None: all is sharp."""
         self.truths, self.trained, self.limb_masks = truths, trained, limbs()
 
     @functools.cached_property
     def classifier(self) -> PatternClassifier:
         rng = np.random.default_rng(SEED + 1)
-        trained_on = [sample_outfit(rng) for _ in range(FITTED_TO)]
-        fitted = [(outfit, paint(outfit, index, SIZE)) for index, outfit in enumerate(trained_on)]
-        textures = [painting.texture[:3] for _, painting in fitted]
-        if self.trained is not None:
-            textures += autoencoded(self.trained, fitted)
+        fitted = Paintings([sample_outfit(rng) for _ in range(FITTED_TO)], 0)
+        sharp = (painting.texture[:3] for _, painting in fitted)
+        blurred = () if self.trained is None else autoencoded(self.trained, fitted)
         with torch.enable_grad():
-            return PatternClassifier(fitted, textures)
+            return PatternClassifier(fitted, itertools.chain(sharp, blurred))
+
+    def lengths_that_do_not_count(self) -> list[str]:
+        """A sentence for each sleeve and leg whose length nobody could tell in truth."""
+        limbs_of = [limb_cloth(*truth) for truth in self.truths]
+        return [
+            f"sample {number:05d}: how long its {limb}s are does not count: cloth and skin are within "
+            f"{JUST_NOTICEABLE} in CIELAB, or next to nothing of them is to be seen"
+            for number, told in enumerate(limbs_of)
+            for limb in self.limb_masks
+            if limb not in told
+        ]
 
     def add(self, tally: Tally, task: str, number: int, texture: Tensor) -> None:
         outfit, painting = self.truths[number]
@@ -280,17 +341,17 @@ def sentences_name(name: str) -> str:
 
 
 @torch.no_grad()
-def autoencoded(trained: TrainedModel, paintings: list[tuple[Outfit, Painting]]) -> list[Tensor]:
-    """The true textures through the autoencoder and back: the best that any latents can look like."""
-    base, decoded_textures = trained.base, []
+def autoencoded(trained: TrainedModel, paintings: Paintings) -> Iterator[Tensor]:
+    """The true textures through the autoencoder and back, in turn: the best that any latents can look like."""
+    base = trained.base
     for start in tqdm(range(0, len(paintings), ROWS_AT_ONCE), "autoencoder"):
-        textures = [painting.texture for _, painting in paintings[start : start + ROWS_AT_ONCE]]
+        numbers = range(start, min(start + ROWS_AT_ONCE, len(paintings)))
+        textures = [paintings[number][1].texture for number in numbers]
         filled = torch.stack([fill_outside(texture[:3], texture[3] > 0) for texture in textures])
         pixel_values = resized(filled, base.native_resolution) * 2 - 1
         mean, _ = encode_posterior(base.vae, pixel_values.to(base.device))
         decoded = decode_latents(base.vae, mean * base.vae.config.scaling_factor).cpu()
-        decoded_textures += resized((decoded + 1) / 2, SIZE)
-    return decoded_textures
+        yield from resized((decoded + 1) / 2, SIZE)
 
 
 def resized(textures: Tensor, side: int) -> Tensor:

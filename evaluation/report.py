@@ -58,6 +58,7 @@ def results_of(samples: EvaluationSet, measured: dict[str, Measures], about: dic
         },
         "procedural": procedural,
         "skipped": samples.skipped,
+        "warnings": samples.warnings,
     }
 
 
@@ -83,7 +84,7 @@ def summary(results: dict) -> dict:
             for parent in parents:
                 level = level.setdefault(parent, {})
             level[leaf] = figure
-    return {**nested, "skipped": results["skipped"]}
+    return {**nested, "skipped": results["skipped"], "warnings": results.get("warnings", [])}
 
 
 def shown(value: float | None) -> str:
@@ -106,6 +107,8 @@ def shown_figure(figure: dict | str) -> str:
 def markdown(results: dict) -> str:
     """A table for each task, a row a measure, and what was skipped."""
     lines = ["# Evaluation", "", heading(results), ""]
+    for warning in results.get("warnings", []):
+        lines += [f"**Warning:** {warning}.", ""]
     for task, measures in results["tasks"].items():
         lines += [
             f"## {TITLES[task]}: {task}",

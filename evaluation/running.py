@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from evaluation.data import (
     procedural_set,
     read_texture,
     stored_set,
+    training_warning,
 )
 from evaluation.extractors import load_extractor, load_face_model
 from evaluation.making import jobs_for, make_textures, model_description, texture_path
@@ -58,6 +60,12 @@ def evaluate_model(args: argparse.Namespace, cfg: Config, overrides: list[str]) 
         tasks = ["t2uv"]
     size = trained.cfg.data.resolution or trained.base.native_resolution
     judge, samples = open_data(args, trained.cfg, size, "i2uv" in tasks, trained)
+    is_known = judge is not None or args.base  # held out of every checkpoint's training, or not trained at all
+    warning = None if is_known else training_warning(args.data, trained.cfg, trained.base.native_resolution)
+    if warning:
+        samples.warnings.append(warning)
+        if processes.is_main():
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
     if samples.picture is None and "i2uv" in tasks:
         if args.task == "i2uv":
             raise UserError(f"data set {samples.name} has no renders; give --task t2uv")
@@ -98,7 +106,7 @@ def open_data(
     """The set that --data names, and who tells its attributes; None where nobody does."""
     if args.data in (None, PROCEDURAL):
         judge = Judge(held_out_paintings(args.limit), trained)
-        return judge, procedural_set(judge.truths, judge)
+        return judge, procedural_set(judge)
     return None, stored_set(args.data, cfg, size, with_pictures, args.limit)
 
 

@@ -1,5 +1,6 @@
 """The frozen base: a Stable Diffusion folder or hub name, and a CLIP vision model for image conditioning."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,11 @@ from common.files import PROJECT_ROOT
 
 transformers_logging.set_verbosity_error()  # loading one tower of CLIP is meant, not worth a report
 transformers_logging.disable_progress_bar()
+# StableDiffusionPipeline reads block_out_channels of every autoencoder; AutoencoderDC's own configuration has none, and
+# warns at each load that it ignores the one that we gave it.
+logging.getLogger("diffusers.configuration_utils").addFilter(
+    lambda record: "'block_out_channels'" not in record.getMessage() or "AutoencoderDC" not in record.getMessage()
+)
 
 
 @dataclass

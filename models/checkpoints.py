@@ -27,6 +27,7 @@ from lora_utils import (
     read_tensors,
     save_lora,
 )
+from models.adapters import Adapter, refuse_adapter, save_word
 from models.base import BaseModel, load_configured_base, pick_device
 from models.conditioning import aligner_from_state
 from models.diffusion import frozen_dtype, resolve_precision
@@ -45,8 +46,10 @@ def save_checkpoint(
     base: BaseModel,
     aligner: nn.Module | None,
     state: dict | None = None,
+    adapter: Adapter | None = None,
 ) -> None:
-    """Writes LoRA, aligner (unless None), the resolved configuration, the step, and what resuming needs (unless None).
+    """Writes LoRA, aligner (unless None), the resolved configuration, the step, and what resuming needs (unless None);
+    of a personal adapter, its word too.
 
     Raises UserError on NaN weights or a full disk: no half checkpoint is left, and earlier ones stay.
     """
@@ -63,6 +66,8 @@ def save_checkpoint(
         partial.mkdir(parents=True)
         dtype = torch.float16 if cfg.output.half_precision else torch.float32
         save_lora(base, partial, dtype)
+        if adapter is not None:
+            save_word(partial, adapter, base.text_encoder.get_input_embeddings().vectors)
         if aligner is not None:
             weights = {key: value.detach().cpu().to(dtype).contiguous() for key, value in aligner.state_dict().items()}
             metadata = {key: str(value) for key, value in cfg.model.aligner.model_dump().items()}
@@ -218,6 +223,8 @@ def load_trained(cfg: Config, lora: Path | None, aligner: Path | None) -> Traine
 
     Where the image encoder's LoRA lies beside the aligner, the aligner reads the tokens of both.
     """
+    if lora is not None:
+        refuse_adapter(Path(lora))
     device = pick_device(cfg.training.device)
     dtype = frozen_dtype(resolve_precision(cfg.training.mixed_precision, device), device)
     base = load_configured_base(cfg.model, device, dtype)

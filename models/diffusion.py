@@ -136,8 +136,9 @@ def sample_latents(
     (B, 4, h, w) of unit scale → latents (B, 4, h, w). A single scale of 1 runs the UNet once a step. shares: of several
     conditions, which add up to 1, for `blended` instead of the sum; None: the sum. eta: DDIM's share
     of fresh noise; seeds: of the noise that DDIM with eta and Euler ancestral add, one a row. init_latents: (B, 4, h,
-    w) to start from, of which `strength` in (0, 1] is made anew (SDEdit, Meng et al. 2022). mask: (h, w) in [0, 1], 1
-    where they are made anew; elsewhere each step starts from init_latents with its noise (Lugmayr et al. 2022).
+    w) to start from, of which `strength` in (0, 1] is made anew (SDEdit, Meng et al. 2022). mask: (h, w) or (B,
+    1, h, w) in [0, 1], 1 where they are made anew; elsewhere each step starts from init_latents with its noise
+    (Lugmayr et al. 2022).
     """
     scheduler = inference_scheduler(noise_scheduler, sampler)
     scheduler.set_timesteps(num_inference_steps, device=noise.device)

@@ -131,13 +131,25 @@ def generate_guided(
     return decode_latents(base.vae, latents)
 
 
-def finish_texture(pixel_values: Tensor, body: Body, size: int = 1024, seam_fix: bool = False) -> Image.Image:
-    """(3, R, R) in [-1, 1] → size x size RGBA: alpha is the UV mask, colours run on past the islands' edges."""
+def finish_texture(
+    pixel_values: Tensor,
+    body: Body,
+    size: int = 1024,
+    seam_fix: bool = False,
+    kept: tuple[Tensor, Tensor] | None = None,
+) -> Image.Image:
+    """(3, R, R) in [-1, 1] → size x size RGBA: alpha is the UV mask, colours run on past the islands' edges.
+
+    kept: pixels (3, size, size) in [-1, 1] that are put in with a share (size, size) in [0, 1]; seams come to them.
+    """
     pixels = F.interpolate(
         pixel_values[None].float(), size=(size, size), mode="bicubic", align_corners=False, antialias=True
     )[0].clamp(-1, 1)
-    mask = uv_mask(body, size)
-    pixels = fill_outside(pixels.cpu(), mask)
+    mask, pixels, held = uv_mask(body, size), pixels.cpu(), None
+    if kept is not None:
+        kept_pixels, held = kept
+        pixels = held * kept_pixels + (1 - held) * pixels
+    pixels = fill_outside(pixels, mask)
     if seam_fix:
-        pixels = fill_outside(fix_seams(body, (pixels + 1) / 2) * 2 - 1, mask)
+        pixels = fill_outside(fix_seams(body, (pixels + 1) / 2, held) * 2 - 1, mask)
     return image_from_pixels(torch.cat([pixels, mask[None] * 2.0 - 1]))

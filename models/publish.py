@@ -10,6 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
+from diffusers import AutoencoderDC
 from huggingface_hub import ModelCardData
 
 from common.errors import UserError, exit_on_user_error, reason
@@ -42,12 +43,17 @@ texture, = TexturePipeline.from_pretrained("FOLDER")(prompt="{prompt}")
 ```
 
 The LoRA file loads in `StableDiffusionPipeline.load_lora_weights` as well; prompts are then to be written as
-`{template}`. UV layout: `{body}`. Licence: {licence}.
+`{template}`.{decoding} UV layout: `{body}`. Licence: {licence}.
 
 ## Figures
 
 {figures}
 """
+# Where diffusers' plain call fails: it hands `generator` to `vae.decode`, which this autoencoder does not take.
+DECODING = (
+    ' With this base let the pipeline stop at `output_type="latent"`, and decode by '
+    "`vae.decode(latents / vae.config.scaling_factor)`."
+)
 FIGURES = "From `evaluate.py`:\n\n| measure | value |\n| --- | --- |\n{rows}"
 
 
@@ -108,6 +114,7 @@ def write_card(
         pictures="\n\n".join(pictures),
         prompt=prompts[0],
         template=cfg.model.prompt_template,
+        decoding=DECODING if isinstance(pipeline.trained.base.vae, AutoencoderDC) else "",
         body=pipeline.body_spec.partition(":")[0],
         licence=licence,
         figures=FIGURES.format(rows=rows) if rows else "Not measured.",

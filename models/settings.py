@@ -26,6 +26,7 @@ RANGES = {
     "size": (1, 16_384),
 }
 BLEND = "pulls of one length"  # how img_weight joins two, see diffusion.blended; changed with the rule
+ADDED_LATER = ("relight", "mirror_fill")  # settings that textures made before them do not say
 MASKED_STRENGTH = 1.0  # what a mask names is made anew altogether, unless a strength is asked for
 
 
@@ -36,7 +37,8 @@ class GenerationSettings:
     img_weight: of a picture given with a prompt, 0 text alone to 1 picture alone, by BLEND; None: the two are not
     blended, but their pulls add up. text_guidance and image_guidance are the scales of a prompt and of a picture, alone
     or together; guidance_scale is that of one alone whose own is 0. strength: share of an edited texture that is made
-    anew. size: side in texels.
+    anew. size: side in texels. relight: the light of a fitted picture is divided out of its pixels; mirror_fill: what
+    it hides on one side is taken from the other.
     """
 
     num_inference_steps: int
@@ -50,6 +52,8 @@ class GenerationSettings:
     strength: float = 0.6
     size: int = 1024
     seam_fix: bool = True
+    relight: bool = True
+    mirror_fill: bool = False
 
     def __post_init__(self):
         check_ranges({name: getattr(self, name) for name in RANGES}, str)
@@ -114,7 +118,8 @@ def read_settings(path: str | Path) -> dict:
     say how it was made."""
     try:
         description = read_description(Path(path))
-        values = {field.name: description.pop(field.name) for field in fields(GenerationSettings)}
+        names = [field.name for field in fields(GenerationSettings)]
+        values = {name: description.pop(name) for name in names if name in description or name not in ADDED_LATER}
         return {**description, "settings": GenerationSettings(**values)}
     except (UserError, OSError) as error:
         raise UserError(f"--settings {path}: {reason(error)}") from None

@@ -22,12 +22,16 @@ class Lights:
 
     def at(self, normals: Tensor) -> Tensor:
         """Unit normals (V, 3) or (N, V, 3) → the light that falls there, (N, V, 3), not negative."""
-        x, y, z = normals.unbind(-1)
-        basis = torch.stack([torch.ones_like(x), x, y, z, x * y, y * z, z * x, x * x, y * y], dim=-1)
-        return (basis @ self.coefficients).clamp(min=0)
+        return (polynomial(normals) @ self.coefficients).clamp(min=0)
 
     def __add__(self, other: "Lights") -> "Lights":
         return Lights(self.coefficients + other.coefficients)
+
+
+def polynomial(normals: Tensor) -> Tensor:
+    """Unit normals (..., 3) → (..., 9): 1, x, y, z, xy, yz, zx, xx, yy, which `Lights` are made of."""
+    x, y, z = normals.unbind(-1)
+    return torch.stack([torch.ones_like(x), x, y, z, x * y, y * z, z * x, x * x, y * y], dim=-1)
 
 
 def ambient_light(colour: Tensor) -> Lights:

@@ -17,6 +17,7 @@ from render.uv_space import uv_mask
 
 REACH = 8  # texels from a seam that a correction may change
 SMOOTHNESS = 0.02  # of the correction, against equal colours at the seam
+HOLD = 10.0  # against equal colours, of leaving a texel that is held as it is
 
 
 @functools.lru_cache(maxsize=4)
@@ -125,12 +126,13 @@ def field_gradient(number: np.ndarray, covered: np.ndarray, size: int) -> sparse
     return sparse.vstack(blocks)
 
 
-def fix_seams(body: Body, texture: Tensor) -> Tensor:
+def fix_seams(body: Body, texture: Tensor, held: Tensor | None = None) -> Tensor:
     """Brings the two sides of every seam to one colour; texels farther than REACH from a seam stay as they are.
 
     Adds to the texture the smooth field that minimises the squared differences between paired points on the two sides
     of the seams and SMOOTHNESS times its own squared gradient, and is 0 from REACH texels on (sparse least squares by
-    conjugate gradients). Detail is moved up or down as a whole, never blurred. texture: (3, S, S) in [0, 1].
+    conjugate gradients). Detail is moved up or down as a whole, never blurred. texture: (3, S, S) in [0, 1]. held:
+    (S, S) in [0, 1], 1 where a texel is to stay, so that the other side comes to it.
     """
     seams, _ = edge_pairs(body)
     if not len(seams):
@@ -148,7 +150,10 @@ def fix_seams(body: Body, texture: Tensor) -> Tensor:
     equal = sparse.csr_matrix((values, (rows, columns)), shape=(len(points), band.sum()))
     gradient = field_gradient(number, covered.ravel(), size)
     inside = np.flatnonzero(number >= 0)
-    system = equal.T @ equal + SMOOTHNESS * gradient.T @ gradient + 1e-6 * sparse.identity(band.sum())
+    stays = np.full(len(inside), 1e-6)
+    if held is not None:
+        stays += HOLD * held.numpy().ravel()[inside]
+    system = equal.T @ equal + SMOOTHNESS * gradient.T @ gradient + sparse.diags(stays)
     scale = sparse.diags(1 / system.diagonal())
     flat = texture.permute(1, 2, 0).double().numpy().reshape(-1, 3)
     jump = _blend(flat, right, right_weights) - _blend(flat, left, left_weights)

@@ -167,6 +167,48 @@ class ArraysOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no body model needs")
 
 
+class JoblibArray:
+    """Stands for joblib's wrapper of an array, whose values follow it in the file."""
+
+    def __setstate__(self, state):
+        self.shape, self.order, self.array_type = state["shape"], state["order"], state["dtype"]
+        self.alignment = state.get("numpy_array_alignment_bytes")
+
+    def read(self, file) -> np.ndarray:
+        if self.array_type.dtype.hasobject:
+            raise pickle.UnpicklingError("an array of objects")
+        if self.alignment is not None:  # a byte says how many of padding follow
+            file.read(file.read(1)[0])
+        size = int(np.prod(self.shape, dtype=np.int64)) * self.array_type.dtype.itemsize
+        return _numbers(file.read(size), self.array_type).reshape(self.shape, order=self.order)
+
+
+class JoblibArraysOnly(pickle._Unpickler):
+    """The same of what `joblib.dump` wrote, uncompressed. In Python: C's unpickler does not say where it is."""
+
+    def __init__(self, file):
+        super().__init__(file, encoding="latin1")
+        self.file, self.classes = file, ArraysOnly(file)
+
+    def find_class(self, module, name):
+        if (module, name) == ("joblib.numpy_pickle", "NumpyArrayWrapper"):
+            return JoblibArray
+        return self.classes.find_class(module, name)
+
+    def load_build(self):
+        super().load_build()
+        if isinstance(self.stack[-1], JoblibArray):
+            self.stack[-1] = self.stack[-1].read(self.file)
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
+
+
+def _unpickler(file) -> pickle.Unpickler | pickle._Unpickler:
+    start = file.read(1 << 16)
+    file.seek(0)
+    return JoblibArraysOnly(file) if b"NumpyArrayWrapper" in start else ArraysOnly(file, encoding="latin1")
+
+
 def _plain(value):
     """A numpy array for what stands for one."""
     if isinstance(value, Array | ChumpyArray | SparseArray):
@@ -179,7 +221,7 @@ def read_arrays(path: Path) -> dict:
     try:
         if path.suffix == ".pkl":
             with open(path, "rb") as file:
-                loaded = ArraysOnly(file, encoding="latin1").load()
+                loaded = _unpickler(file).load()
             if not isinstance(loaded, dict):
                 raise pickle.UnpicklingError(f"it holds a {type(loaded).__name__}, not a dictionary of arrays")
             return _plain(loaded)
@@ -324,27 +366,46 @@ def smpl_vertices(spec: str, poses: np.ndarray, betas: np.ndarray, genders: list
 
     SMPL has no hands: they stay at rest.
     """
-    kind, path, _ = split_spec(spec)
-    files, bodies = model_files(kind, path), []
-    poses, betas = (torch.from_numpy(array).float() for array in (poses, betas))
-    for pose, shape, gender in zip(poses, betas, genders):
-        model = load_model(kind, files[gender])
-        directions = model._assets.shapedirs.shape[-1]
-        if kind == "smplx" and directions < 300:
-            directions = 10  # files of the first release: ten of shape, then those of expression
-        width = min(directions, model.NUM_SHAPE_COEFFS, len(shape))
-        root, body, hands = pose[:3], pose[3:66].view(1, 21, 3), pose[66:].view(1, 30, 3)
-        inputs = {"pelvis_rotation": root[None], "shape": shape[None, :width]}
-        if kind == "smpl":
-            inputs["body_pose"] = torch.cat([body, body.new_zeros(1, 2, 3)], dim=1)
-        else:
-            inputs.update(body_pose=body, hand_pose=hands)
-        if kind == "smplx":
-            inputs.update(head_pose=body.new_zeros(1, 3, 3), expression=body.new_zeros(1, 10))
-        bodies.append(model.forward_vertices(**inputs)[0])
-    vertices = torch.stack(bodies)
+    vertices = torch.stack([posed_vertices(spec, *person) for person in zip(poses, betas, genders)])
     vertices[..., 1] -= vertices[..., 1].amin(1, keepdim=True)
     return vertices
+
+
+@torch.no_grad()
+def posed_vertices(
+    spec: str,
+    pose: np.ndarray,
+    betas: np.ndarray,
+    gender: str,
+    smpl_hands: np.ndarray | None = None,
+    head: np.ndarray | None = None,
+    expression: np.ndarray | None = None,
+) -> Tensor:
+    """One body where its model puts it, (V, 3) metres. pose: (156,) as of `smpl_vertices`; betas: (S,).
+
+    smpl_hands: (2, 3) axis-angle of the two hand joints that SMPL alone has. head: (3, 3) of jaw and eyes, expression:
+    (10,), which SMPL-X alone has. None: at rest.
+    """
+    kind, path, _ = split_spec(spec)
+    model = load_model(kind, model_files(kind, path)[gender])
+
+    def row(values, *shape: int) -> Tensor:
+        values = np.zeros(shape) if values is None else values
+        return torch.from_numpy(np.array(values, np.float32)).view(1, *shape)
+
+    directions = model._assets.shapedirs.shape[-1]
+    if kind == "smplx" and directions < 300:
+        directions = 10  # files of the first release: ten of shape, then those of expression
+    width = min(directions, model.NUM_SHAPE_COEFFS, len(betas))
+    inputs = {"pelvis_rotation": row(pose[:3], 3), "shape": row(betas[:width], width)}
+    body, hands = row(pose[3:66], 21, 3), row(pose[66:], 30, 3)
+    if kind == "smpl":
+        inputs["body_pose"] = torch.cat([body, row(smpl_hands, 2, 3)], dim=1)
+    else:
+        inputs.update(body_pose=body, hand_pose=hands)
+    if kind == "smplx":
+        inputs.update(head_pose=row(head, 3, 3), expression=row(expression, 10))
+    return model.forward_vertices(**inputs)[0]
 
 
 def read_amass(path: str | Path) -> tuple[np.ndarray, np.ndarray, str]:

@@ -5,19 +5,36 @@ UV coordinates are in [0, 1] with v up: texel row 0 of a texture is v = 1.
 
 import functools
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from common.pictures import pixels_from_image
 from render.bodies import Body
-from render.rasteriser import rasterize_uv
+from render.rasteriser import interpolate, rasterize_uv
+
+MIRROR_TOLERANCE = 0.01  # of the body's height, between a texel and its mirror image
 
 
 def uv_mask(body: Body, size: int) -> Tensor:
     """Texels whose centre lies on a UV island → (size, size) bool."""
     return rasterize_uv(body, size).mask[0]
+
+
+@functools.lru_cache(maxsize=2)
+def mirrored_texels(body: Body, size: int) -> tuple[Tensor, Tensor]:
+    """Texels and those that lie at the mirrored places of the body: flat indices (K,) each."""
+    fragments = rasterize_uv(body, size)
+    positions = interpolate(fragments, body.faces, body.vertices).double().numpy()
+    low, high = body.vertices.amin(0), body.vertices.amax(0)
+    middle = (low + high)[0].item() / 2
+    mirrored = np.column_stack([2 * middle - positions[:, 0], positions[:, 1:]])
+    distance, nearest = cKDTree(positions).query(mirrored)
+    close = distance <= MIRROR_TOLERANCE * (high - low)[1].item()
+    return fragments.pixel[torch.from_numpy(close)], fragments.pixel[torch.from_numpy(nearest[close])]
 
 
 def fill_outside(texture: Tensor, mask: Tensor) -> Tensor:

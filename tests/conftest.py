@@ -71,7 +71,7 @@ def tiny_base(tmp_path_factory):
     DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1).save_pretrained(
         folder / "scheduler"
     )
-    (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX))
+    (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX | {"vae": ["diffusers", "AutoencoderKL"]}))
     return folder
 
 

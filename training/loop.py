@@ -23,8 +23,10 @@ from common.files import check_writable
 from common.progress import progress
 from config.configuration import Config, dump_config
 from models.checkpoints import drop_old_checkpoints, load_state, newest_state, save_checkpoint
+from models.diffusion import autocast
 from training.monitoring import RunLog, estimate, report, sample_grid
 from training.objective import RowDraws, batch_losses, row_generator, validation_losses
+from training.personal import adapter_of
 from training.run import Run, set_up
 from training.stopping import StopRequest, before_the_first_step, leave_signals_to_the_main_process
 
@@ -83,18 +85,45 @@ def train(
             if run.validation and (is_last or global_step % output.validate_every == 0):
                 with log.paused(), run.averaged(), run.evaluating():
                     log.scalars(validation_losses(run), global_step)
-            if is_last or is_stopping or global_step % output.save_every == 0:
+            if output.evaluate_every and (is_last or global_step % output.evaluate_every == 0):
+                evaluate(run, log, global_step)
+            is_best = False
+            if run.watch and (is_last or global_step % cfg.personal.measure_every == 0):
+                with log.paused(), run.averaged(), run.evaluating(), autocast(run.base.device, run.precision):
+                    measure = run.watch.measure(global_step)
+                log.scalars({"personal/identity": measure.identity, "personal/prior": measure.prior}, global_step)
+                is_best, is_last = measure is run.watch.best, is_last or run.watch.is_over
+            if is_last or is_stopping or is_best or global_step % output.save_every == 0:
                 checkpoint = save(run)
             if is_stopping and not is_last:
                 log.close()
-                processes.say(f"stopped at step {global_step}, saved in {checkpoint}; --resume auto goes on")
+                goes_on = "the same command" if run.watch else "--resume auto"
+                processes.say(f"stopped at step {global_step}, saved in {checkpoint}; {goes_on} goes on")
                 raise SystemExit(STOPPED)
             if processes.is_main() and (is_last or global_step % output.sample_every == 0):
                 with log.paused(), run.averaged(), run.evaluating():
                     log.image("samples", sample_grid(run), global_step)
+            if is_last:
+                break
+    steps.close()
     log.close()
+    if run.watch:
+        checkpoint = run.watch.finish(run.folder)
     processes.say(f"checkpoint: {checkpoint}")
     return checkpoint
+
+
+def evaluate(run: Run, log: RunLog, global_step: int) -> None:
+    """The small fixed evaluation of the weights to keep, into TensorBoard and onto the terminal, with its cost."""
+    from training.evaluating import evaluation_figures  # its libraries take seconds that other runs need not wait for
+
+    began = time.perf_counter()
+    with log.paused(), run.averaged(), run.evaluating():
+        figures = evaluation_figures(run)
+    log.scalars(figures, global_step)
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    seconds = time.perf_counter() - began
+    processes.say(f"\nstep {global_step}: {shown}; {seconds:.1f} s")
 
 
 def optimizer_step(
@@ -178,7 +207,8 @@ def steps_in(run: Run, minutes: float) -> int:
 
 def steps_to_go(run: Run) -> tqdm:
     """The numbers of the optimiser steps that are left, under a progress bar."""
-    done, total = run.global_step, run.total_steps
+    done = run.global_step
+    total = done if run.watch and run.watch.is_over else run.total_steps  # killed between its end and its result
     return progress(range(done + 1, total + 1), run.task, unit="step", initial=done, total=total)
 
 
@@ -193,7 +223,8 @@ def save(run: Run) -> Path:
     if processes.is_main():
         state = run.state()
         with run.averaged():
-            save_checkpoint(folder, run.cfg, run.task, run.global_step, run.base, run.aligner, state)
+            adapter = adapter_of(run.cfg) if run.task == "personal" else None
+            save_checkpoint(folder, run.cfg, run.task, run.global_step, run.base, run.aligner, state, adapter)
         drop_old_checkpoints(run.folder, run.cfg.output.keep_last)
     processes.wait()
     return folder

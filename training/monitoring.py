@@ -111,7 +111,7 @@ class RunLog:
         """Writes the settings beside the last losses, to compare runs by."""
         if self.writer is None:
             return
-        losses = {name: value for name, value in self.latest.items() if name.startswith(("loss/", "val/"))}
+        losses = {name: value for name, value in self.latest.items() if name.startswith(("loss/", "val/", "eval/"))}
         final_losses = {f"final/{name}": value for name, value in losses.items()}
         self.writer.add_hparams(flat_settings(self.run.cfg.model_dump()), final_losses, run_name=".")
         self.writer.close()

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from common import processes
+from lora_utils import without_lora
 from models.conditioning import drop_conditions, encode_images, encode_prompts
 from models.diffusion import autocast, encode_posterior, min_snr_weight, sample_posterior, training_target
 from training.run import Run
@@ -56,6 +57,8 @@ def batch_losses(run: Run, batch: dict, draws: RowDraws) -> Iterator[dict[str, T
     through the UNet at once.
     """
     base, schedule, conditions = run.base, run.schedule, CONDITIONS[run.task]
+    if run.lessons:
+        conditions = run.lessons.kinds(conditions)
     needs_text = "text" in conditions or schedule.gamma or schedule.both_share
     with autocast(base.device, run.precision):
         mean, std = posterior(run, batch)  # (B, 4, H/8, W/8) each
@@ -79,11 +82,16 @@ def forward_losses(
             null_states = encode_prompts(run.base, [""])
 
     noise, timesteps, encoder_hidden_states, losses = [], [], [], {}
+    rows_of_kinds = []  # of the task "personal"
     for kind in kinds:
         noise.append(draws.normal(latents.shape[1:]).to(latents))  # (B, 4, H/8, W/8)
         timesteps.append(draws.integers(num_train_timesteps).to(latents.device))  # (B,)
         states = text_states  # (B, L, D)
-        if kind != "text":
+        if run.lessons:
+            with autocast(run.base.device, run.precision):
+                rows_of_kinds.append(run.lessons.rows(kind, text_states, latents, draws))
+            states = rows_of_kinds[-1].states
+        elif kind != "text":
             with autocast(run.base.device, run.precision):
                 states = STATES_OF[kind](run, batch)  # (B, L, D)
             if schedule.gamma:
@@ -95,8 +103,14 @@ def forward_losses(
 
     noise, timesteps = torch.cat(noise), torch.cat(timesteps)  # (K B, 4, H/8, W/8), (K B,)
     encoder_hidden_states = torch.cat(encoder_hidden_states)  # (K B, L, D)
-    latents = latents.repeat(len(kinds), 1, 1, 1)  # (K B, 4, H/8, W/8)
-    errors = denoising_errors(run, latents, noise, timesteps, encoder_hidden_states)  # (K B,)
+    teacher = None
+    if run.lessons:
+        latents = torch.cat([rows.latents for rows in rows_of_kinds])  # (K B, 4, H/8, W/8)
+        teacher_states = torch.cat([rows.teacher_states for rows in rows_of_kinds])  # (K B, L, D)
+        teacher = teacher_states, torch.cat([rows.share for rows in rows_of_kinds])
+    else:
+        latents = latents.repeat(len(kinds), 1, 1, 1)  # (K B, 4, H/8, W/8)
+    errors = denoising_errors(run, latents, noise, timesteps, encoder_hidden_states, teacher)  # (K B,)
     if min_snr_gamma := run.cfg.training.min_snr_gamma:
         errors = errors * min_snr_weight(noise_scheduler, timesteps, min_snr_gamma)
 
@@ -145,17 +159,39 @@ STATES_OF = {"text": prompt_states, "image": picture_states}
 
 
 def denoising_errors(
-    run: Run, latents: Tensor, noise: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor
+    run: Run,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    encoder_hidden_states: Tensor,
+    teacher: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Mean squared error of the UNet's prediction in each row, (B,), texels weighted by `run.texel_weight`."""
+    """Mean squared error of the UNet's prediction in each row, (B,), texels weighted by `run.texel_weight`; the first
+    `training.leading_channels` count for as much as all the others.
+
+    teacher: states (B, L, D) and a share (B, 1, H/8, W/8) of the target that is not the noise's but what the UNet
+    predicts for them without its LoRA.
+    """
     unet, noise_scheduler = run.base.unet, run.base.noise_scheduler
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps).to(unet.dtype)
     if run.cfg.model.channels_last:
         noisy_latents = noisy_latents.contiguous(memory_format=torch.channels_last)
+    encoder_hidden_states = encoder_hidden_states.to(unet.dtype)
     with autocast(run.base.device, run.precision):
-        noise_pred = unet(noisy_latents, timesteps, encoder_hidden_states.to(unet.dtype)).sample
+        noise_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
     target = training_target(noise_scheduler, latents, noise, timesteps)
-    squared_error = (noise_pred.float() - target).square().mean(1)  # (B, H/8, W/8)
+    if teacher is not None:
+        states, share = teacher
+        taught = (share > 0).flatten(1).any(1).nonzero()[:, 0]  # numbers of rows
+        with torch.no_grad(), without_lora(unet), autocast(run.base.device, run.precision):
+            base_pred = unet(noisy_latents[taught], timesteps[taught], states[taught].to(unet.dtype)).sample
+        blended = torch.lerp(target[taught], base_pred.to(target.dtype), share[taught].to(target.dtype))
+        target = target.index_copy(0, taught, blended)
+    squared_error = (noise_pred.float() - target).square()  # (B, 4, H/8, W/8)
+    if leading := run.cfg.training.leading_channels:
+        squared_error = (squared_error[:, :leading].mean(1) + squared_error[:, leading:].mean(1)) / 2
+    else:
+        squared_error = squared_error.mean(1)  # (B, H/8, W/8)
     if run.texel_weight is None:
         return squared_error.mean((1, 2))
     return (squared_error * run.texel_weight).sum((1, 2)) / run.texel_weight.sum()

@@ -28,6 +28,7 @@ from render.rigs import load_body
 from render.uv_space import uv_mask
 from training.caching import use_caches
 from training.launcher import check_launch, launched_device, launched_precision
+from training.personal import Lessons, Watch, add_personal, build_examples, make_lessons, make_watch
 from training.tasks import CONDITIONS
 
 # Optimisers from packages that are not required: module, class.
@@ -60,6 +61,8 @@ class Run:
     total_steps: int
     texel_weight: Tensor | None  # (h, w) of the latents, in the loss; None: all alike
     null_states: Tensor | None  # (1, L, D) of the empty prompt; None: it is being trained
+    lessons: Lessons | None = None  # of the task "personal", as is the next
+    watch: Watch | None = None
     global_step: int = 0
     skipped: int = 0  # steps in a row whose gradient was not finite
 
@@ -88,6 +91,7 @@ class Run:
             "skipped": self.skipped,
             "total_steps": self.total_steps,
             "max_minutes": self.schedule.max_minutes,
+            "watch": self.watch.state() if self.watch else None,
         }
 
     def train_until(self, total_steps: int) -> None:
@@ -108,6 +112,8 @@ class Run:
         if self.ema:
             self.ema.load_state_dict(state["ema"])
             self.ema.to(self.base.device)
+        if self.watch:
+            self.watch.restore(state["watch"])
         self.lr_scheduler.base_lrs = rates
         for group, rate, factor in zip(self.optimizer.param_groups, rates, self.lr_scheduler.lr_lambdas):
             group["initial_lr"], group["lr"] = rate, rate * factor(self.lr_scheduler.last_epoch)
@@ -154,11 +160,17 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
     device = processes.join(pick_device(launched_device(settings.device)))
     precision = resolve_precision(launched_precision(settings.mixed_precision), device)
     base = load_configured_base(cfg.model, device, frozen_dtype(precision, device))
+    latent_channels = base.unet.config.out_channels
+    if settings.leading_channels and settings.leading_channels >= latent_channels:
+        raise UserError(
+            f"training.leading_channels is {settings.leading_channels}, but this base's latents have {latent_channels} "
+            "channels in all; take fewer, or null"
+        )
     aligner, groups = _add_trained(cfg, task, base)
     parameters = [parameter for group in groups for parameter in group["params"]]
     null_states = None
     if not cfg.model.lora.text_encoder_r:
-        with autocast(device, precision):
+        with torch.no_grad(), autocast(device, precision):
             null_states = encode_prompts(base, [""])
 
     dataset = open_dataset(cfg, task, base)
@@ -167,6 +179,10 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
     body = load_body(cfg.data.body)
     use_caches(cfg, base, dataset, precision, rebuild_cache)
     validation = dataset.hold_out(cfg.data.validation_textures) if cfg.data.validation_textures else None
+    if cfg.output.evaluate_every and not validation:
+        raise UserError("output.evaluate_every measures held-out textures; set data.validation_textures above 0")
+    if task == "personal":
+        dataset.hold_out_in_turn(cfg.personal.measure_every * schedule.effective_batch_size)
     if len(dataset) < schedule.batch_size:
         raise UserError(f"training.{task}.batch_size is {schedule.batch_size} but the data set has {len(dataset)} rows")
     total_steps = schedule.max_steps or max(1, schedule.num_epochs * len(dataset) // schedule.effective_batch_size)
@@ -175,6 +191,11 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
     lr_scheduler = make_lr_scheduler(optimizer, schedule, total_steps)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     ema = EMAModel(parameters, decay=settings.ema_decay) if settings.ema_decay else None
+    lessons = watch = None
+    if task == "personal":
+        with autocast(device, precision):
+            lessons = make_lessons(cfg, base, body, dataset.resolution)
+            watch = make_watch(cfg, base, body, dataset)
     return Run(
         cfg=cfg,
         task=task,
@@ -192,6 +213,8 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
         total_steps=total_steps,
         texel_weight=_texel_weight(settings.outside_weight, body, dataset.resolution, base),
         null_states=null_states,
+        lessons=lessons,
+        watch=watch,
     )
 
 
@@ -216,6 +239,11 @@ def _add_trained(cfg: Config, task: str, base: BaseModel) -> tuple[torch.nn.Modu
     pictures) and the optimiser's groups of parameters."""
     schedule = getattr(cfg.training, task)
     torch.manual_seed(cfg.training.seed)
+    if task == "personal":
+        groups = add_personal(cfg, base)
+        processes.copy_from_main([parameter.data for group in groups for parameter in group["params"]])
+        _prepare_unet(base.unet, cfg)
+        return None, groups
     aligner, lora = None, add_lora(base.unet, cfg.model.lora)
     if cfg.model.lora.text_encoder_r:
         lora += add_text_encoder_lora(base.text_encoder, cfg.model.lora)
@@ -286,7 +314,9 @@ def open_dataset(cfg: Config, task: str, base: BaseModel) -> ATLASLarge:
     if resolution % base.vae_scale:
         raise UserError(f"data.resolution {resolution} is not a multiple of {base.vae_scale}")
     root = Path(settings.dataset)
-    if is_procedural(settings.dataset):
+    if task == "personal":
+        root = build_examples(cfg, settings.dataset, resolution)
+    elif is_procedural(settings.dataset):
         # The same set where training starts at a smaller resolution.
         root = _build_procedural(cfg, max(resolution, base.native_resolution))
     dataset = ATLASLarge(root, with_renders, resolution, cache_dir=str(Path(settings.cache_dir) / "datasets"))

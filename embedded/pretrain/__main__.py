@@ -3,8 +3,10 @@
     python -m embedded.pretrain --out embedded/base      # an hour and a half on 2 cores; continues where it stopped
     python -m embedded.pretrain --stage autoencoder      # one stage, on what earlier ones wrote to --out
 
-Six stages, each on captioned renders of procedurally dressed bodies, on their textures in other UV layouts and on
-patchworks of fabric; no picture shows a texture in Anny's own layout, so making those is left to the joint training.
+Seven stages, each on captioned renders of procedurally dressed bodies, on their textures in other UV layouts and on
+painted pictures of anything; no picture shows a texture in Anny's own layout, so making those is left to the joint
+training. `unet` needs the encoder that `latents` fits, not the decoder that `autoencoder` trains: two processes may run
+these two stages at once.
 """
 
 import argparse
@@ -18,9 +20,10 @@ import torch
 from common.errors import UserError, exit_on_user_error
 from common.files import check_writable, write_whole
 from embedded.pretrain.autoencoder import train_autoencoder
+from embedded.pretrain.body_map import train_body_map
 from embedded.pretrain.card import write_index_and_card
-from embedded.pretrain.contrastive import train_contrastive
 from embedded.pretrain.image_encoder import train_image_encoder
+from embedded.pretrain.latents import build_latents
 from embedded.pretrain.scenes import LAYOUTS, VIEWS
 from embedded.pretrain.stage import Run
 from embedded.pretrain.text_encoder import train_text_encoder
@@ -45,18 +48,24 @@ def build_tokenizer(run: Run, steps: int) -> dict:
 
 STAGES = {
     "tokenizer": Stage(build_tokenizer, 0, "tokenizer"),
-    "contrastive": Stage(train_contrastive, 750, "feature_extractor", ("tokenizer",)),
-    "text_encoder": Stage(train_text_encoder, 1200, "text_encoder", ("tokenizer", "contrastive")),
-    "image_encoder": Stage(train_image_encoder, 4800, "image_encoder", ("tokenizer", "contrastive", "text_encoder")),
-    "autoencoder": Stage(train_autoencoder, 2600, "vae"),
-    "unet": Stage(train_unet, 3600, "unet", ("tokenizer", "contrastive", "text_encoder", "autoencoder")),
+    "text_encoder": Stage(train_text_encoder, 3000, "text_encoder", ("tokenizer",)),
+    "image_encoder": Stage(train_image_encoder, 5000, "image_encoder", ("tokenizer", "text_encoder")),
+    "latents": Stage(build_latents, 0, "vae"),
+    "unet": Stage(train_unet, 5000, "unet", ("tokenizer", "text_encoder", "latents")),
+    "autoencoder": Stage(train_autoencoder, 16000, "vae", ("latents",)),
+    "body_map": Stage(train_body_map, 4000, "body_map"),
 }
 
 
 def read_summaries(run: Run) -> dict[str, dict | None]:
     """By stage, of the stages that were begun; None for one that is to be run (again): see `run_stage`."""
-    path = run.work / "stages.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    paths = {name: run.work / "stages" / f"{name}.json" for name in STAGES}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
+def write_summary(run: Run, name: str, summary: dict | None) -> None:
+    """A file a stage: two processes may run different stages at once."""
+    write_whole(run.work / "stages" / f"{name}.json", json.dumps(summary).encode())
 
 
 def run_stage(name: str, run: Run, steps: int) -> None:
@@ -71,11 +80,9 @@ def run_stage(name: str, run: Run, steps: int) -> None:
     check_writable(run.out)
     check_writable(run.work)
     # Two stages may write one folder, so that it is there says nothing about the later one.
-    outdated = [name, *(later for later, stage in STAGES.items() if name in stage.needs)]
-    summaries.update(dict.fromkeys(outdated))
-    write_whole(run.work / "stages.json", json.dumps(summaries).encode())
-    summaries[name] = STAGES[name].train(run, steps)
-    write_whole(run.work / "stages.json", json.dumps(summaries).encode())
+    for outdated in [name, *(later for later, stage in STAGES.items() if name in stage.needs)]:
+        write_summary(run, outdated, None)
+    write_summary(run, name, STAGES[name].train(run, steps))
 
 
 def parse_args() -> argparse.Namespace:

@@ -1,78 +1,80 @@
-"""The autoencoder, on crops of the pictures and of patchworks of fabric."""
+"""The autoencoder's decoder, behind the fixed encoder of latents.py: it learns what lies across blocks."""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoModel
+from diffusers.training_utils import EMAModel
 
-from embedded.painter import generic_picture
-from embedded.pretrain.scenes import RESOLUTION, load_scenes
+from common.errors import UserError
+from embedded.pretrain.latents import basis_of, make_autoencoder
+from embedded.pretrain.scenes import load_scenes
 from embedded.pretrain.stage import Run, train_stage
-from models.diffusion import autocast
+from embedded.pretrain.variety import varied_pictures
+from models.diffusion import autocast, encode_posterior
 
-BATCH, CROP = 24, 64  # crops, and their side in pixels
-PATCH = 8  # side in pixels of what one latent stands for
-PATCHWORKS = 192
-BLOCKS = dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=1)
-# One group a normalisation: groups of two channels would lose the colour of flat areas.
-CHANNELS = dict(latent_channels=8, block_out_channels=(16, 32, 64, 96), norm_num_groups=1)
+BATCH, CROP = 8, 64  # crops, and their side in pixels
+VARIED = 768  # pictures of anything, as many as scenes at most
+NOISE = 0.01  # deviation of what is added to the latents before SCALING_FACTOR: what a UNet makes is not exact
 
 
-def random_crop(pictures: np.ndarray, patchworks: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Of one of pictures (N, 3, 256, 256) uint8 or of patchworks (M, 3, 256, 256) in [0, 1], turned and with its
-    colours changed at times → (3, CROP, CROP) in [0, 1]."""
+def detail(picture: torch.Tensor) -> float:
+    """Mean absolute difference of neighbours in a uint8 picture (3, H, W)."""
+    levels = picture.short()
+    return float(levels.diff(dim=1).abs().float().mean() + levels.diff(dim=2).abs().float().mean())
+
+
+def random_crop(pictures: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+    """Of two places the one with more detail, at times zoomed (edges of every softness), turned, mirrored, its channels
+    permuted or its contrast changed. pictures: (N, 3, H, W) uint8 → (3, CROP, CROP) in [0, 1]."""
+    side = round(CROP * rng.uniform(0.6, 2)) if rng.uniform() < 0.4 else CROP
+    places = []
+    for _ in range(2):
+        top, left = (rng.integers(0, extent - side + 1) for extent in pictures.shape[2:])
+        place = pictures[rng.integers(len(pictures)), :, top : top + side, left : left + side]
+        places.append(torch.from_numpy(place.copy()))
+    crop = max(places, key=detail) / 255
+    if side != CROP:
+        crop = F.interpolate(crop[None], size=(CROP, CROP), mode="bilinear", antialias=True)[0]
+    crop = crop.rot90(int(rng.integers(4)), (1, 2))
     if rng.uniform() < 0.5:
-        picture = torch.from_numpy(pictures[rng.integers(len(pictures))].copy()) / 255
-    else:
-        picture = patchworks[rng.integers(len(patchworks))]
-    top, left = rng.integers(0, RESOLUTION - CROP + 1, 2)
-    crop = picture[:, top : top + CROP, left : left + CROP].rot90(int(rng.integers(4)), (1, 2))
+        crop = crop.flip(2)
     if rng.uniform() < 0.25:  # any palette, not the grammar's alone
         crop = crop[torch.from_numpy(rng.permutation(3))]
     dark, light = rng.uniform(0, 0.4), rng.uniform(0.6, 1)
-    return crop if rng.uniform() < 0.5 else dark + (light - dark) * crop
+    return dark + (light - dark) * crop if rng.uniform() < 0.4 else crop
+
+
+def reconstruction_loss(decoded: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Mean absolute error, and each crop's root mean square error: PSNR is a mean over pictures too."""
+    error = decoded - pixel_values
+    return error.abs().mean() + (error.square().mean((1, 2, 3)) + 1e-6).sqrt().mean()
 
 
 def train_autoencoder(run: Run, steps: int) -> dict:
-    """Needs no other stage; writes out/vae."""
+    """Needs out/vae of stage latents; trains its decoder, from the encoder's pseudo-inverse on, and rewrites it."""
     pictures, _ = load_scenes(run)
+    written = AutoModel.from_pretrained(str(run.out / "vae"), torch_dtype=torch.float32)
+    if not isinstance(written, AutoencoderDC):
+        raise UserError(
+            f"{run.out / 'vae'} is none of stage latents: run `python -m embedded.pretrain --stage latents`"
+        )
     torch.manual_seed(1)
-    vae = AutoencoderKL(**CHANNELS, **BLOCKS, sample_size=RESOLUTION).to(run.device)
-    generators = [np.random.default_rng([2, index]) for index in range(PATCHWORKS)]
-    patchworks = torch.stack([generic_picture(rng, RESOLUTION) for rng in generators])
+    vae = make_autoencoder(*basis_of(written)).to(run.device)  # the decoder of an earlier run is left behind
+    sources = [pictures, varied_pictures(min(VARIED, len(pictures)))]
+    ema = EMAModel(vae.decoder.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
 
     def loss_fn(step):
         rng = np.random.default_rng([3, step])
-        crops = torch.stack([random_crop(pictures, patchworks, rng) for _ in range(BATCH)])
-        pixel_values = crops.float().to(run.device) * 2 - 1
+        crops = torch.stack([random_crop(sources[row % 2], rng) for row in range(BATCH)])
+        pixel_values = crops.to(run.device) * 2 - 1
+        latents, _ = encode_posterior(vae, pixel_values)
+        latents = latents + NOISE * torch.randn(latents.shape).to(run.device)
         with autocast(run.device, run.precision):
-            posterior = vae.encode(pixel_values).latent_dist
-            decoded = vae.decode(posterior.sample()).sample
-        error = decoded.float() - pixel_values
-        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        coarse = F.avg_pool2d(error, 8).abs().mean()
-        # The first three channels hold each patch's mean colour: learned at once, and smooth to diffuse in.
-        anchor = F.mse_loss(posterior.mean[:, :3].float(), 2 * F.avg_pool2d(pixel_values, PATCH))
-        return error.abs().mean() + 0.3 * edges + coarse + 0.5 * anchor + 1e-5 * posterior.kl().mean() / 64
+            decoded = vae.decode(latents).sample
+        return reconstruction_loss(decoded.float(), pixel_values)
 
-    summary = train_stage("autoencoder", run.work, {"vae": vae}, loss_fn, steps, lr=2e-3)
-    equalise(vae, torch.from_numpy(pictures[:256].copy()).to(run.device) / 127.5 - 1)
+    summary = train_stage("autoencoder", run.work, {"decoder": vae.decoder}, loss_fn, steps, lr=1.5e-3, ema=ema)
+    ema.copy_to(vae.decoder.parameters())
     vae.half().save_pretrained(run.out / "vae")
     return summary
-
-
-@torch.no_grad()
-def equalise(vae: AutoencoderKL, pixel_values: torch.Tensor) -> None:
-    """Gives each latent channel mean 0, and deviation 1 where it holds colour and 0.5 where it holds detail, by the 1x1
-    convolutions before and after the latents: what the autoencoder does stays the same, and colour counts for as much
-    as all detail in the UNet's loss. pixel_values: (N, 3, H, W) in [-1, 1]."""
-    mean = torch.cat([vae.encode(batch).latent_dist.mean for batch in pixel_values.split(32)])
-    centre, factor = mean.mean((0, 2, 3)), 0.5 / mean.std((0, 2, 3))
-    factor[:3] *= 2
-    channels, before, after = len(centre), vae.quant_conv, vae.post_quant_conv
-    after.bias += (after.weight[:, :, 0, 0] * centre).sum(1)
-    after.weight /= factor[:, None, None]
-    before.bias[:channels] = (before.bias[:channels] - centre) * factor
-    before.weight[:channels] *= factor[:, None, None, None]
-    before.bias[channels:] += 2 * factor.log()  # of the variance
-    vae.register_to_config(scaling_factor=1.0)

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from embedded.grammar import BOTTOMS, COLOURS, ETHNICITIES, HAIR, STYLES, TOPS, Outfit
+from embedded.grammar import BOTTOMS, COLOURS, ETHNICITIES, HAIR, HAIR_CUTS, PERSONS, STYLES, TOPS, Outfit
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TOLD = {  # an outfit's attributes, and the words that each is one of
@@ -14,7 +14,11 @@ TOLD = {  # an outfit's attributes, and the words that each is one of
     "top": (*TOPS, "dress", "tuxedo"),
     "bottom": (*BOTTOMS, "skirt"),
     "sneakers": tuple(COLOURS),
+    "person": PERSONS,
+    "hair_cut": HAIR_CUTS,
+    "beard": (True, False),
 }
+ALL_TOLD = frozenset(TOLD)
 
 
 def clip_normalise(pixel_values: torch.Tensor) -> torch.Tensor:
@@ -54,19 +58,31 @@ def telling_heads(width: int) -> torch.nn.ModuleDict:
     return torch.nn.ModuleDict({"query": torch.nn.Linear(width, len(TOLD)), **words})
 
 
-def telling_loss(heads, states: torch.Tensor, outfits: list[Outfit], captions: list[str] | None = None) -> torch.Tensor:
+def attributes(outfits: list[Outfit], told: list[frozenset[str]]) -> torch.Tensor:
+    """(B, TOLD) int64: which of its words each attribute is; -1 where it is not told or there is none."""
+    rows = [
+        [
+            words.index(getattr(outfit, name)) if name in names and getattr(outfit, name) in words else -1
+            for name, words in TOLD.items()
+        ]
+        for outfit, names in zip(outfits, told)
+    ]
+    return torch.tensor(rows)
+
+
+def telling_loss(heads, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of the words of TOLD, each read from states (B, L, D) as a UNet's attention would, by one query.
 
-    captions: a word that a row's caption leaves out does not count there."""
+    targets: (B, TOLD) as `attributes` gives them.
+    """
     read = heads["query"](states).softmax(1).transpose(1, 2) @ states  # (B, TOLD, D)
+    return word_loss(heads, [read[:, place] for place in range(len(TOLD))], targets)
+
+
+def word_loss(heads, states: list[torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each attribute's words from its state (B, D); what is -1 does not count."""
     loss = 0.0
-    for place, (name, words) in enumerate(TOLD.items()):
-        worn = [getattr(outfit, name) for outfit in outfits]
-        told = [
-            words.index(word) if word and word in caption else -1  # -1 does not count
-            for word, caption in zip(worn, captions or worn)
-        ]
-        told = torch.tensor(told, device=states.device)
-        if (told >= 0).any():
-            loss = loss + F.cross_entropy(heads[name](read[:, place]), told, ignore_index=-1)
+    for state, name, column in zip(states, TOLD, targets.to(states[0].device).T):
+        if (column >= 0).any():
+            loss = loss + F.cross_entropy(heads[name](state), column, ignore_index=-1)
     return loss

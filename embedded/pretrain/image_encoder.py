@@ -1,24 +1,55 @@
-"""The image encoder alone, which is shown where the regions of an outfit are."""
+"""The image encoder, which is shown where the regions of an outfit are, and learns to say what they are."""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
-from embedded.pretrain.encoders import augment, clip_normalise, region_colours, telling_heads, telling_loss
-from embedded.pretrain.scenes import CLIP_RESOLUTION, REGIONS, VIEWS, load_outfits, load_regions, outfit_of
+from embedded.pretrain.encoders import (
+    ALL_TOLD,
+    CLIP_MEAN,
+    CLIP_STD,
+    attributes,
+    augment,
+    clip_normalise,
+    region_colours,
+    telling_heads,
+    telling_loss,
+)
+from embedded.pretrain.scenes import CAPTIONS, CLIP_RESOLUTION, REGIONS, VIEWS, load_outfits, load_regions, outfit_of
 from embedded.pretrain.stage import Run, train_stage
+from embedded.pretrain.text_encoder import EMBEDDING
 from embedded.pretrain.tokenizer import tokenize
 from models.diffusion import autocast
 
-BATCH = 24  # pictures
+BATCH = 20  # pictures
+IMAGE_SHAPE = dict(hidden_size=192, intermediate_size=576, num_hidden_layers=4, num_attention_heads=6, patch_size=16)
+
+
+def new_image_encoder() -> CLIPVisionModelWithProjection:
+    config = CLIPVisionConfig(image_size=CLIP_RESOLUTION, projection_dim=EMBEDDING, **IMAGE_SHAPE)
+    return CLIPVisionModelWithProjection(config)
+
+
+@torch.no_grad()
+def embed_captions(text_encoder, tokenizer, captions: list[str]) -> torch.Tensor:
+    """(N, EMBEDDING), of length 1."""
+    batches = [captions[start : start + 100] for start in range(0, len(captions), 100)]
+    embeds = [text_encoder(tokenize(tokenizer, batch).to(text_encoder.device)).text_embeds for batch in batches]
+    return F.normalize(torch.cat(embeds), dim=-1)
 
 
 def train_image_encoder(run: Run, steps: int) -> dict:
-    """Goes on against the finished text encoder: its patches tell where REGIONS are and which colour each has, and
-    what words name them.
+    """Its patches tell where REGIONS are, which colour each has and what words name the outfit; its embedding finds
+    the outfit's caption (CLIP, Radford et al. 2021) among others and among captions that are nearly right.
 
-    Needs out/tokenizer and both encoders; writes out/image_encoder.
+    Needs out/tokenizer and out/text_encoder; writes out/image_encoder and out/feature_extractor.
     """
     device = run.device
     pictures, labels = load_outfits(run)
@@ -26,31 +57,31 @@ def train_image_encoder(run: Run, steps: int) -> dict:
     tokenizer = CLIPTokenizer.from_pretrained(run.out / "tokenizer")
     text_encoder = CLIPTextModelWithProjection.from_pretrained(run.out / "text_encoder", dtype=torch.float32)
     text_encoder.to(device).eval()
-    image_encoder = CLIPVisionModelWithProjection.from_pretrained(run.out / "image_encoder", dtype=torch.float32)
-    image_encoder.to(device)
-    captioned = torch.tensor([bool(label["captions"]) for label in labels])
-    captions = [label["captions"][0] for label in labels if label["captions"]]
-    with torch.no_grad():
-        batches = [captions[start : start + 100] for start in range(0, len(captions), 100)]
-        caption_embeds = [text_encoder(tokenize(tokenizer, batch).to(device)).text_embeds for batch in batches]
-    text_embeds = torch.zeros(len(labels), caption_embeds[0].shape[1], device=device)
-    text_embeds[captioned.to(device)] = F.normalize(torch.cat(caption_embeds), dim=-1)
+    captioned = np.array([bool(label["captions"]) for label in labels])
+    place = captioned.cumsum() - 1  # of an outfit among the captioned ones
+    right, nearly_right = (
+        embed_captions(text_encoder, tokenizer, [caption for label in labels for caption in label[key]])
+        for key in ("captions", "confusions")
+    )
+    right, nearly_right = right.unflatten(0, (-1, CAPTIONS)), nearly_right.unflatten(0, (-1, CAPTIONS))
     colours, has_colour = region_colours(labels)
     torch.manual_seed(3)
-    width = image_encoder.config.hidden_size
+    image_encoder, width = new_image_encoder().to(device), IMAGE_SHAPE["hidden_size"]
     where, colour = torch.nn.Linear(width, len(REGIONS)), torch.nn.Linear(width, 3 * len(REGIONS))
     heads = torch.nn.ModuleDict({"where": where, "colours": colour, "words": telling_heads(width)}).to(device)
-    outfits = [outfit_of(0, row) for row in range(len(region_shares))]
+    outfits = [outfit_of(0, row) for row in range(len(labels))]
+    targets = attributes(outfits, [ALL_TOLD] * len(outfits))
+    targets[~torch.from_numpy(captioned)] = -1  # recoloured beyond words
 
     def loss_fn(step):
         rng = np.random.default_rng([5, step])
-        rows, views = rng.choice(len(region_shares), BATCH, replace=False), rng.integers(0, VIEWS, BATCH)
+        rows, views = rng.choice(len(pictures), BATCH, replace=False), rng.integers(0, VIEWS, BATCH)
         pixels = torch.from_numpy(np.stack([pictures[row, view] for row, view in zip(rows, views)])).float()
-        shares = F.interpolate(torch.from_numpy(region_shares[rows, views]).float(), size=CLIP_RESOLUTION)
+        shares = F.interpolate(torch.from_numpy(region_shares[rows, views]).float(), size=pixels.shape[2:])
         both = augment(torch.cat([pixels, shares], 1).to(device) / 255, torch.Generator().manual_seed(step))
-        if rng.uniform() < 0.75:  # larger and 3:4, as sharper pictures will come, with positions interpolated
-            margin = CLIP_RESOLUTION // 8
-            both = F.interpolate(both[..., margin:-margin], scale_factor=2, mode="bilinear")
+        if rng.uniform() < 0.2:  # a square, as other tools make it
+            bars = (both.shape[2] - both.shape[3]) // 2
+            both = F.pad(both, (bars, bars))
         pixel_values = clip_normalise(both[:, :3])
         shares = F.avg_pool2d(both[:, 3:], image_encoder.config.patch_size)
         shares = shares.flatten(2).transpose(1, 2)  # (B, patches, REGIONS)
@@ -67,15 +98,18 @@ def train_image_encoder(run: Run, steps: int) -> dict:
         error = (error * shares).sum(1) / shares.sum(1).clamp(min=0.1)
         seen = has_colour[rows].to(device) & (shares.sum(1) > 0.1)
         colour_error = error[seen].mean()
-        has_caption = captioned[rows]
-        captioned_rows = torch.from_numpy(rows)[has_caption]
-        logits = 30 * image_embeds[has_caption.to(device)] @ text_embeds[captioned_rows.to(device)].T
+        has_caption = torch.from_numpy(captioned[rows]).to(device)
+        captions, form = place[rows[captioned[rows]]], rng.integers(0, CAPTIONS)
+        embeds = torch.cat([right[captions, form], nearly_right[captions, form]])
+        logits = 30 * image_embeds[has_caption] @ embeds.T
         matching = F.cross_entropy(logits, torch.arange(len(logits), device=device))
-        captioned_outfits = [outfits[row] for row in captioned_rows]
-        telling = telling_loss(heads["words"], tokens.float()[has_caption.to(device)], captioned_outfits)
+        telling = telling_loss(heads["words"], tokens.float(), targets[rows])
         return 5 * location_error + 5 * colour_error + 0.1 * matching + 0.2 * telling
 
     modules = {"image": image_encoder, "heads": heads}
     summary = train_stage("image_encoder", run.work, modules, loss_fn, steps, lr=1e-3)
     image_encoder.half().save_pretrained(run.out / "image_encoder")
+    size, crop = {"shortest_edge": CLIP_RESOLUTION}, {"height": CLIP_RESOLUTION, "width": CLIP_RESOLUTION}
+    image_processor = CLIPImageProcessorPil(size=size, crop_size=crop, image_mean=CLIP_MEAN, image_std=CLIP_STD)
+    image_processor.save_pretrained(run.out / "feature_extractor")
     return summary

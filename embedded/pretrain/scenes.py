@@ -1,7 +1,7 @@
 """Captioned renders and their labels: what every stage but the tokenizer learns from.
 
-Scenes show dressed bodies, or their textures in UV layouts that are not Anny's own. Outfits are the encoders': each in
-several poses, with captions that are nearly right, and where its regions are.
+Scenes show dressed bodies, or their textures in UV layouts that are not Anny's own. Outfits are the image encoder's:
+each in several poses, with captions that are nearly right, and where its regions are.
 """
 
 import json
@@ -20,6 +20,7 @@ from atlas_dataset.views import frame_bodies, render_texture, sample_view
 from common import processes
 from config.configuration import Render
 from embedded import painter
+from embedded.captions import sentence
 from embedded.grammar import ETHNICITIES, HAIR, STYLES, Outfit, sample_outfit
 from embedded.pretrain.stage import Run
 from render.bodies import load_anny_body
@@ -29,10 +30,11 @@ from render.rigs import load_rig
 from render.shading import render_views
 from render.uv_space import fill_outside
 
-RESOLUTION, CLIP_RESOLUTION = 256, 128  # side in pixels of a picture, and of the encoders' pictures
-CAPTIONS = 4  # of a picture
+RESOLUTION = 256  # side in pixels of a picture
+CLIP_RESOLUTION, CLIP_WIDTH = 256, 192  # height and width of the image encoder's
+CAPTIONS = 6  # of a picture
 LAYOUTS = 12  # other ways to unwrap the body; Anny's own is left to the joint training
-VIEWS = 3  # of an outfit, for the encoders
+VIEWS = 2  # of an outfit, for the image encoder
 OUTFIT_RENDER = Render(fill=[0.5, 0.95])
 REGIONS = (painter.TOP, painter.BOTTOM, painter.HAIR_REGION, painter.SKIN)
 PHENOTYPES = {  # Anny's axes: gender 0 male to 1 female; age 1/3 child, 2/3 adult, 1 old
@@ -47,7 +49,7 @@ PHENOTYPES = {  # Anny's axes: gender 0 male to 1 female; age 1/3 child, 2/3 adu
 
 def captions_of(outfit: Outfit, rng: np.random.Generator) -> list[str]:
     """CAPTIONS ways to say it: the ATLAS form and sentences."""
-    return [outfit.prompt, *(outfit.sentence(rng) for _ in range(CAPTIONS - 1))]
+    return [outfit.prompt, *(sentence(outfit, rng).text for _ in range(CAPTIONS - 1))]
 
 
 def layout_words(number: int) -> str:
@@ -100,11 +102,6 @@ def outfit_of(seed: int, index: int) -> Outfit:
     return sample_outfit(np.random.default_rng([seed, index, 1]))
 
 
-def outfit_width(index: int) -> int:
-    """Of `render_outfit`'s picture in pixels, before the bars: two in four are square, two are portraits."""
-    return CLIP_RESOLUTION if index % 4 < 2 else CLIP_RESOLUTION * 3 // 4
-
-
 def recoloured(texture: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """Less saturated, its channels in another order, its contrast and tint changed: (3, H, W) in [0, 1]."""
     gray, tint = texture.mean(0, keepdim=True), torch.from_numpy(rng.uniform(0.55, 1.1, (3, 1, 1))).float()
@@ -114,47 +111,44 @@ def recoloured(texture: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 
 @torch.no_grad()
 def render_outfit(seed: int, index: int) -> tuple[np.ndarray, dict]:
-    """One outfit on VIEWS posed bodies of any shape → (VIEWS, 3, 128, 128) uint8 and its label.
+    """One outfit on VIEWS posed bodies of any shape → (VIEWS, 3, 256, 192) uint8 and its label.
 
     The label: captions; confusions, the captions of outfits that differ by who wears which colour; colours, the medians
-    of REGIONS (None where there is none). Every third outfit is recoloured beyond the grammar's colours and has no
-    captions: two views of it still match.
+    of REGIONS (None where there is none). Every fourth outfit is recoloured beyond the grammar's colours and has no
+    captions.
     """
     rng = np.random.default_rng([seed, index, 1])
     outfit = sample_outfit(rng)  # as outfit_of has it
     texture, regions = painted(outfit, index)
     label = {"captions": [], "confusions": []}
-    if index % 3 == 2:
+    if index % 4 == 3:
         texture = recoloured(texture, rng)
     else:
         label["captions"] = captions_of(outfit, rng)
         label["confusions"] = [confused(outfit, rng) for _ in range(CAPTIONS)]
     masks = [regions == region for region in REGIONS]
     label["colours"] = [texture[:, mask].median(1).values.tolist() if mask.sum() > 40 else None for mask in masks]
-    width, rig = outfit_width(index), load_rig("anny")
-    size, bars = (CLIP_RESOLUTION, width), (CLIP_RESOLUTION - width) // 2
+    size, rig = (CLIP_RESOLUTION, CLIP_WIDTH), load_rig("anny")
     views = render_texture(rig, texture * 2 - 1, OUTFIT_RENDER, seed, index, list(range(VIEWS)), *size)
-    pictures = torch.stack([F.pad((picture + 1) / 2, (bars, bars)) for picture, _ in views])
-    return (pictures * 255).round().to(torch.uint8).numpy(), label
+    pictures = torch.stack([picture for picture, _ in views])
+    return ((pictures + 1) * 127.5).round().to(torch.uint8).numpy(), label
 
 
 @torch.no_grad()
 def render_regions(seed: int, index: int) -> tuple[np.ndarray, dict]:
-    """Where `render_outfit` shows REGIONS: each patch's share → (VIEWS, REGIONS, 8, 8) uint8, 255 is all."""
+    """Where `render_outfit` shows REGIONS: each 8x8 pixels' share → (VIEWS, REGIONS, 32, 24) uint8, 255 is all."""
     _, regions = painted(outfit_of(seed, index), index)
     masks = torch.stack([regions == region for region in REGIONS]).float()
-    width, rig = outfit_width(index), load_rig("anny")
+    rig = load_rig("anny")
     views = [sample_view(OUTFIT_RENDER, rig, seed, index, number) for number in range(VIEWS)]
     vertices = rig.vertices(views)
-    cameras, light = frame_bodies(vertices, views, width / CLIP_RESOLUTION), ambient_light(torch.ones(1, 3))
-    size, black = (CLIP_RESOLUTION, width), torch.zeros(1, 3)
+    cameras, light = frame_bodies(vertices, views, CLIP_WIDTH / CLIP_RESOLUTION), ambient_light(torch.ones(1, 3))
+    size, black = (CLIP_RESOLUTION // 2, CLIP_WIDTH // 2), torch.zeros(1, 3)
     first_three, fourth = (
         render_views(rig.body, texture[None], cameras, *size, light, black, vertices=vertices)
         for texture in (masks[:3], masks[3:].expand(3, -1, -1))  # a picture has three channels
     )
-    bars = (CLIP_RESOLUTION - width) // 2
-    shares = F.pad(torch.cat([first_three, fourth[:, :1]], 1), (bars, bars))
-    shares = F.avg_pool2d(shares, CLIP_RESOLUTION // 8)
+    shares = F.avg_pool2d(torch.cat([first_three, fourth[:, :1]], 1), 4)
     return (shares.clamp(0, 1) * 255).round().to(torch.uint8).numpy(), {}
 
 
@@ -162,13 +156,16 @@ def confused(outfit: Outfit, rng: np.random.Generator) -> str:
     """A caption that is nearly right: top and bottom have changed colours, or one colour is another (as the hard
     negatives of Yuksekgonul et al. 2023)."""
     if outfit.bottom and outfit.top_style != outfit.bottom_style and rng.uniform() < 0.5:
-        return replace(outfit, top_style=outfit.bottom_style, bottom_style=outfit.top_style).sentence(rng)
-    name = str(rng.choice(["top_style", "hair", "ethnicity", *(["bottom_style"] if outfit.bottom else [])]))
-    others = {"hair": HAIR, "ethnicity": ETHNICITIES}.get(name, STYLES)
-    word = str(rng.choice([word for word in others if word != getattr(outfit, name)]))
-    changed = replace(outfit, **{name: word})
-    caption = changed.sentence(rng)
-    return caption if word in caption else changed.prompt
+        changed = replace(outfit, top_style=outfit.bottom_style, bottom_style=outfit.top_style)
+        names = {"top_style", "bottom_style"}
+    else:
+        hair = ["hair"] if outfit.hair_cut != "bald" else []
+        name = str(rng.choice(["top_style", "ethnicity", *hair, *(["bottom_style"] if outfit.bottom else [])]))
+        others = {"hair": HAIR, "ethnicity": ETHNICITIES}.get(name, STYLES)
+        changed = replace(outfit, **{name: str(rng.choice([word for word in others if word != getattr(outfit, name)]))})
+        names = {name}
+    caption = sentence(changed, rng)
+    return caption.text if names <= caption.told else changed.prompt
 
 
 def load_renders(work: Path, name: str, scene: Callable, count: int, seed: int) -> tuple[np.ndarray, list[dict]]:
@@ -196,10 +193,10 @@ def load_scenes(run: Run) -> tuple[np.ndarray, list[dict]]:
 
 
 def load_outfits(run: Run) -> tuple[np.ndarray, list[dict]]:
-    """run.outfits pictures (N, VIEWS, 3, 128, 128) and labels of `render_outfit`."""
+    """run.outfits pictures (N, VIEWS, 3, 256, 192) and labels of `render_outfit`."""
     return load_renders(run.work, "outfits", render_outfit, run.outfits, seed=0)
 
 
 def load_regions(run: Run) -> tuple[np.ndarray, list[dict]]:
-    """Shares (N, VIEWS, REGIONS, 8, 8) of `render_regions` for the first three fifths of the outfits."""
-    return load_renders(run.work, "regions", render_regions, run.outfits * 3 // 5, seed=0)
+    """Shares (N, VIEWS, REGIONS, 32, 24) of `render_regions`."""
+    return load_renders(run.work, "regions", render_regions, run.outfits, seed=0)

@@ -8,19 +8,20 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
+from embedded.captions import sentence
 from embedded.grammar import sample_outfit
 
 CONTEXT = 77  # tokens of a caption, as CLIP's
 
 
-def train_tokenizer(out: Path, vocab_size: int = 1024) -> None:
+def train_tokenizer(out: Path, vocab_size: int = 1280) -> None:
     """CLIP's tokenizer (lower case, byte-level BPE, '</w>' at a word's end) on the grammar's own sentences.
 
     Writes out/tokenizer.
     """
     rng = np.random.default_rng(0)
-    outfits = [sample_outfit(rng) for _ in range(4000)]
-    corpus = [text.lower() for outfit in outfits for text in (outfit.prompt, outfit.sentence(rng))]
+    outfits = [sample_outfit(rng) for _ in range(12000)]
+    corpus = [text.lower() for outfit in outfits for text in (outfit.prompt, sentence(outfit, rng).text)]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     splitters = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), byte_level]
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))

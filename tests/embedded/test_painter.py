@@ -1,5 +1,7 @@
 """What outfits are called, and what is painted from them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -51,12 +53,24 @@ def test_outfits_are_what_the_grammar_allows_and_one_in_ten_is_held_out():
         assert outfit.person in grammar.FEMALE or (outfit.top != "dress" and outfit.bottom != "skirt")
         assert bool(outfit.bottom) == (outfit.top not in ("dress", "tuxedo"))
         assert all(word in outfit.prompt for word in (outfit.ethnicity, outfit.person, outfit.top_style, outfit.top))
-        assert outfit.top in outfit.sentence(rng) and outfit.top_style in outfit.sentence(rng)
+        assert (outfit.hair_words in outfit.prompt) and (outfit.beard <= (outfit.person not in grammar.FEMALE))
     assert {outfit.top for outfit in outfits} == {*grammar.TOPS, "dress", "tuxedo"}
     dress = grammar.Outfit("white", "woman", "yellow", "dress", "", "", "black", "red")
     assert dress.prompt == "white, woman, yellow dress, black hair, red sneakers"
     assert (dress.sleeve_length, dress.leg_length) == ("short", "short")
-    assert "a yellow dress and red sneakers" in " ".join(dress.sentence(rng) for _ in range(20))
+    assert {outfit.hair_cut for outfit in outfits} == {"", *grammar.HAIR_CUTS}
+
+
+def test_a_bald_head_is_skin_and_a_beard_has_the_hairs_colour():
+    man = grammar.Outfit("white", "man", "red", "shirt", "navy", "jeans", "black", hair_cut="bald", beard=True)
+    assert man.prompt == "white, man, red shirt, navy jeans, bald, black beard"
+    maps, regions = painter.body_maps(128), painter.paint(man, 0, 128).regions
+    assert not (regions == painter.HAIR_REGION).any()
+    shaved = painter.paint(replace(man, beard=False), 0, 128).texture[:3, maps.mask]
+    bearded = painter.paint(man, 0, 128).texture[:3, maps.mask]
+    x, y, z = maps.position.T
+    chin = maps.is_head & (np.abs(x) < 0.01) & (np.abs(y - 1.425) < 0.01) & (z > 0.08)
+    assert chin.sum() > 2 and bearded[:, chin].mean() < 0.3 < 0.5 < shaved[:, chin].mean()
 
 
 @pytest.mark.parametrize("top", grammar.TOPS)

@@ -274,6 +274,14 @@ def test_a_blend_repeats_itself_and_one_of_an_earlier_rule_is_refused(checkpoint
     assert status == 2 and "blended as an earlier version did it" in error and error.count("\n") == 1
     assert run_script(infer_main, *repeated, "--img-weight", 0.25)[0] == 0, "by hand it is meant"
     assert np.array_equal(pixels(texture), pixels(again))
+    # What was no blend is repeated as ever.
+    made = ["--prompt", "a man", "--checkpoint", checkpoint, "--out", texture, "--size", 16]
+    assert run_script(infer_main, *made)[0] == 0
+    with Image.open(texture) as image:
+        description = {key: value for key, value in json.loads(image.text["parameters"]).items() if key != "blend"}
+    (tmp_path / "old.json").write_text(json.dumps(description))
+    assert run_script(infer_main, *repeated)[0] == 0
+    assert np.array_equal(pixels(texture), pixels(again))
 
 
 def test_what_changed_since_is_not_repeated_unseen(checkpoint, tmp_path, run_script, textures):

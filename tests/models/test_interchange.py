@@ -1,15 +1,17 @@
 """Weights made elsewhere give here what plain torch, PEFT and diffusers make of them."""
 
+import json
 import shutil
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderDC, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
 from test_inference import checkpoint  # noqa: F401  a fixture
 from transformers import CLIPTextModel, CLIPVisionModel
 
 from common.errors import UserError
+from embedded.pretrain.card import MODEL_INDEX
 from lora_utils import LORA_FILE, add_lora, export_lora, save_lora
 from models.base import load_base
 from models.conditioning import PooledAligner, QueryAligner, encode_prompts
@@ -160,16 +162,43 @@ def test_unknown_layouts_and_other_bases_are_refused(ours, cfg, tmp_path, tiny_b
         load_any(tmp_path / "other", cfg)
 
 
-def test_plain_diffusers_makes_our_picture(checkpoint, cfg, tiny_base):  # noqa: F811
+@pytest.fixture()
+def deep_compression_base(tiny_base, tmp_path):
+    """The stand-in with an AutoencoderDC, written as the embedded base writes its own."""
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    shutil.rmtree(folder / "vae")
+    torch.manual_seed(1)
+    layers = dict(encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1))
+    sizes = dict(encoder_block_out_channels=(8, 16), decoder_block_out_channels=(8, 16))
+    scales = dict(encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()))
+    vae = AutoencoderDC(latent_channels=4, scaling_factor=0.7, **layers, **sizes, **scales)
+    vae.register_to_config(block_out_channels=(8, 16))
+    vae.save_pretrained(folder / "vae")
+    index = json.loads((folder / "model_index.json").read_text()) | {"vae": MODEL_INDEX["vae"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["tiny_base", "deep_compression_base"])
+def test_plain_diffusers_makes_our_picture(checkpoint, cfg, request, kind):  # noqa: F811
+    folder = request.getfixturevalue(kind)
     loaded = load_any(checkpoint, cfg)
+    loaded.base.vae = load_base(str(folder)).vae
     ours = generate(loaded, prompt_condition(loaded, PROMPT), "", [3], num_inference_steps=4, guidance_scale=3.0)
-    plain = StableDiffusionPipeline.from_pretrained(tiny_base)
+    plain = StableDiffusionPipeline.from_pretrained(folder)
     plain.load_lora_weights(checkpoint)
     plain.scheduler = inference_scheduler(loaded.base.noise_scheduler)
     plain.set_progress_bar_config(disable=True)
     side = loaded.base.native_resolution
-    theirs = plain(
-        PROMPT, height=side, width=side, num_inference_steps=4, guidance_scale=3.0, negative_prompt="",
-        latents=unit_noise(loaded, [3]), output_type="pt",
-    ).images  # fmt: skip
-    assert ours.std() > 0.01 and torch.allclose((ours + 1) / 2, theirs, atol=1e-4)
+    options = dict(height=side, width=side, num_inference_steps=4, guidance_scale=3.0, negative_prompt="")
+    options["latents"] = unit_noise(loaded, [3])
+    latents = plain(PROMPT, **options, output_type="latent").images
+    with torch.no_grad():
+        theirs = plain.vae.decode(latents / plain.vae.config.scaling_factor).sample.clamp(-1, 1)
+    assert ours.std() > 0.01 and torch.allclose(ours, theirs, atol=2e-4)
+    if kind == "tiny_base":
+        assert torch.allclose((ours + 1) / 2, plain(PROMPT, **options, output_type="pt").images, atol=1e-4)
+    else:  # what the README warns of
+        with pytest.raises(TypeError, match="generator"):
+            plain(PROMPT, **options)

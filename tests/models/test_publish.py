@@ -8,8 +8,10 @@ import pytest
 import yaml
 from PIL import Image
 from test_inference import checkpoint  # noqa: F401  a fixture
+from test_interchange import deep_compression_base  # noqa: F401  a fixture
 
 from infer_uv import TexturePipeline
+from models.checkpoints import CONFIG_FILE
 from models.publish import main as publish_main
 
 
@@ -50,6 +52,17 @@ def test_the_card_tells_what_was_measured_and_shows_it(published, tmp_path):
     assert texture.size == (32, 32)
 
 
+def test_the_card_says_how_plain_diffusers_decodes(published, checkpoint, deep_compression_base):  # noqa: F811
+    config = checkpoint / CONFIG_FILE
+    settings = yaml.safe_load(config.read_text())
+    settings["model"]["vae"] = str(deep_compression_base / "vae")
+    config.write_text(yaml.safe_dump(settings))
+    status, error, out, _ = published()
+    assert status == 0, error
+    card = (out / "README.md").read_text()
+    assert 'output_type="latent"' in card and "vae.decode(latents / vae.config.scaling_factor)" in card
+
+
 def test_bad_input_of_publishing_is_one_line(published, tmp_path, monkeypatch):
     (tmp_path / "figures.txt").write_text("no figures")
     status, error, out, _ = published("--metrics", tmp_path / "figures.txt")
@@ -57,7 +70,8 @@ def test_bad_input_of_publishing_is_one_line(published, tmp_path, monkeypatch):
     status, error, out, _ = published("--checkpoint", tmp_path / "nowhere")
     assert status == 2 and "nowhere" in error and not out.exists()
     status, _, out, _ = published()
-    assert status == 0 and "Not measured." in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert status == 0 and "Not measured." in card and 'output_type="latent"' not in card
 
     def offline(self, name, **options):
         raise ConnectionError("no route")
