@@ -34,7 +34,8 @@ from common.errors import exit_on_user_error
 from common.files import write_whole
 from common.pictures import encode_image, image_from_pixels
 from config.configuration import dotted_overrides
-from embedded.grammar import COLOURS, Outfit, sample_outfit, with_article
+from embedded.captions import with_article
+from embedded.grammar import COLOURS, Outfit, sample_outfit
 from embedded.painter import BOTTOM, TOP, Painting, paint
 from evaluation.procedural import (
     REGIONS,

@@ -26,7 +26,8 @@ from common.errors import UserError
 from common.files import write_whole
 from common.pictures import encode_image
 from config.configuration import Config, LoRA
-from embedded.grammar import BOTTOMS, COLOURS, HAIR, TOPS, sample_outfit, with_article
+from embedded.captions import with_article
+from embedded.grammar import BOTTOMS, COLOURS, HAIR, TOPS, sample_outfit
 from lora_utils import add_lora, bake_lora
 from models.adapters import Adapter, add_word, noun_vector
 from models.base import BaseModel
