@@ -32,17 +32,22 @@ TEXTS: dict[str, Callable[[Outfit], str]] = {
 
 
 def parse_prompt(prompt: str) -> Outfit | None:
-    """A prompt of ATLAS's form in the grammar's words → what it asks for; None for any other."""
+    """A prompt of ATLAS's form in the grammar's words → what it asks for, its hair "" where a bald head leaves the
+    colour open; None for any other."""
     fields = prompt.strip().strip('"').split(", ")
     if len(fields) < 4:
         return None
     ethnicity, person, *clothes = fields
-    of_kind = {"hair": "", "sneakers": ""}
+    of_kind = {"hair": "", "sneakers": "", "beard": ""}
+    is_bald, has_beard = "bald" in clothes, any(field == "beard" or field.endswith(" beard") for field in clothes)
+    clothes = [field for field in clothes if field not in ("bald", "beard")]
     for noun in of_kind:
         described = [field for field in clothes if field.endswith(f" {noun}")]
         if described:
             clothes.remove(described[0])
             of_kind[noun] = described[0].removesuffix(f" {noun}")
+    of_beard, (cut, _, colour) = of_kind.pop("beard"), of_kind["hair"].rpartition(" ")
+    of_kind |= {"hair": of_beard if is_bald else colour, "hair_cut": "bald" if is_bald else cut, "beard": has_beard}
     garments = [field.partition(" ")[::2] for field in clothes] + [("", "")]
     (top_style, top), (bottom_style, bottom) = garments[:2]
     outfit = Outfit(ethnicity, person, top_style, top, bottom_style, bottom, **of_kind)
