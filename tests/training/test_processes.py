@@ -57,7 +57,7 @@ def test_two_processes_equal_one(make_config, tmp_path, one_thread):
     cfg = make_config(*OPTIONS, *(f"{key}={tmp_path / name}" for key, name in folders.items()))
     result = launch("joint.py", *command_line(cfg))
     assert result.returncode == 0, result.stderr
-    assert "2 processes" in result.stdout and result.stdout.count("checkpoint: ") == 1, "one of them prints"
+    assert "2 processes" in result.stdout and result.stdout.count("\ncheckpoint: ") == 1, "one of them prints"
     halves = tmp_path / "two" / "joint" / whole.name
     assert sorted(path.name for path in halves.parent.iterdir()) == ["step-000002", "step-000004"]
     for name in ("pytorch_lora_weights.safetensors", "aligner.safetensors"):
