@@ -13,7 +13,7 @@ measure; each has its 95 % interval, or says why there is none.
 The procedural set is the default: prompts are combinations that training never saw; pictures are renders of such
 textures in unseen poses and cameras. A colour is right when, of all the words for it, the nearest to the region's
 median (CIELAB) is the prompt's. Patterns are told apart by a linear classifier fitted to true textures; sleeves and
-legs are long where forearms and shins look like cloth. `truth` measures the true textures, `autoencoder` those that
+legs are long where elbows and shins look like cloth. `truth` measures the true textures, `autoencoder` those that
 have been through it, which bounds what any latents can show. For pictures also PSNR and SSIM inside the UV mask,
 and PSNR apart for texels that the picture shows and those it hides, and the distance of the skin's colour in
 CIELAB. `sentences` are prompts written by hand: `forms` that no training caption has, and `synonyms`. `both` gives

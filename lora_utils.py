@@ -87,6 +87,11 @@ def lora_parameters(module) -> list[torch.nn.Parameter]:
     return [parameter for name, parameter in module.named_parameters() if "lora_" in name]
 
 
+def lora_layers(module) -> dict[str, BaseTunerLayer]:
+    """PEFT's layers in a module, by their paths."""
+    return {path: layer for path, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
+
+
 def adapted_modules(base) -> dict[str, torch.nn.Module]:
     """What may have a LoRA, by name; without the image encoder where the base has none."""
     return {name: module for name, module in base.modules().items() if name in sum(IN_FILE.values(), ())}
@@ -124,8 +129,8 @@ def save_lora(base, folder: Path, dtype: torch.dtype = torch.float32) -> None:
 def merge_lora(base) -> None:
     """Adds the LoRA to the weights under it, so that inference pays nothing for it."""
     for module in adapted_modules(base).values():
-        for layer in module.modules():
-            if isinstance(layer, BaseTunerLayer) and not layer.merged:
+        for layer in lora_layers(module).values():
+            if not layer.merged:
                 layer.merge()
 
 
@@ -133,11 +138,11 @@ def bake_lora(base) -> None:
     """Merges the LoRA and takes PEFT's layers out: the base as it stands then can have another LoRA."""
     merge_lora(base)
     for module in adapted_modules(base).values():
-        tuned = {path: layer for path, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
-        for path, layer in tuned.items():
+        layers = lora_layers(module)
+        for path, layer in layers.items():
             parent, _, child = path.rpartition(".")
             setattr(module.get_submodule(parent), child, layer.get_base_layer())
-        if tuned:
+        if layers:
             del module.peft_config
             module._hf_peft_config_loaded = False  # as diffusers and transformers note it
 
@@ -145,13 +150,13 @@ def bake_lora(base) -> None:
 @contextmanager
 def without_lora(module):
     """Inside, the module runs as if it had no LoRA."""
-    tuned = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
-    for layer in tuned:
+    layers = lora_layers(module).values()
+    for layer in layers:
         layer._disable_adapters = True  # enable_adapters would also freeze what is being trained
     try:
         yield
     finally:
-        for layer in tuned:
+        for layer in layers:
             layer._disable_adapters = False
 
 

@@ -64,12 +64,12 @@ class Person:
         return image_from_pixels(picture), sampled
 
 
-def written_fit(view: dict) -> Fit:
+def written_fit(view: dict, body_spec: str = "anny", height: int = HEIGHT, width: int = WIDTH) -> Fit:
     """Through a file, as a user has it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "fit.json"
         path.write_text(json.dumps(view))
-        return read_fit(path, "anny", HEIGHT, WIDTH)
+        return read_fit(path, body_spec, height, width)
 
 
 def noisy_pose(view: dict, degrees: float, rng: np.random.Generator) -> dict:
@@ -186,7 +186,8 @@ class Bench:
 def real_textures(folder: Path) -> dict:
     """Each texture on the SMPL template from one unseen view and from two, front and back, by its partial texture
     alone: decibels of its kept texels, and how many are nearest to their own."""
-    rig, measures = load_rig(f"obj:{folder / 'smpl_uv.obj'}"), {}
+    body_spec = f"obj:{folder / 'smpl_uv.obj'}"
+    rig, measures = load_rig(body_spec), {}
     files = picture_files(folder / "real_textures")
     for size in TEXTURE_SIZES:
         real = torch.stack([texture_pixels(open_image(file), size) for file in files])
@@ -199,7 +200,7 @@ def real_textures(folder: Path) -> dict:
                     facing = {1: [20, 40], 2: [[-15, 15], [165, 195]][view]}[views]
                     render = STUDIO.model_copy(update={"azimuth": facing})
                     shot, sampled = render_texture(rig, texture, render, SEED, number, [view], 1024, 768)[0]
-                    fit = fit_of_render(rig, sampled, 1024, 768, folder)
+                    fit = written_fit(sampled, body_spec, 1024, 768)
                     pictures.append(pixels_from_image(image_from_pixels(shot)))
                     sightings.append(sight_fit(rig.body, fit, 1024, 768, size))
                 colours, sure = merge(rig.body, pictures, sightings)
@@ -209,13 +210,6 @@ def real_textures(folder: Path) -> dict:
                 hits += int(distances.argmin()) == number
             measures[f"{views}_at_{size}"] = {"psnr_kept": round(sum(errors) / len(errors), 2), "nearest": hits}
     return {**measures, "textures": len(files)}
-
-
-def fit_of_render(rig, sampled: dict, height: int, width: int, folder: Path) -> Fit:
-    with tempfile.TemporaryDirectory() as work:
-        path = Path(work) / "fit.json"
-        path.write_text(json.dumps(sampled))
-        return read_fit(path, f"obj:{folder / 'smpl_uv.obj'}", height, width)
 
 
 @torch.no_grad()

@@ -238,17 +238,22 @@ def sentence(outfit: Outfit, rng: np.random.Generator) -> Caption:
             haired = choose((haired, colour))
     beard = choose(("beard", "a beard")) if outfit.beard and rng.uniform() < 0.85 else ""
 
-    worn = [("top_style", "top"), ("bottom_style", "bottom"), ("sneakers", "")]
-    worn = [names for names in worn if getattr(outfit, names[0]) and says.get(names[1] or names[0], True)]
+    # Fields of style and garment, and what is worn; sneakers have no kinds.
+    worn = [
+        ("top_style", "top", outfit.top),
+        ("bottom_style", "bottom", outfit.bottom),
+        ("sneakers", "sneakers", "sneakers"),
+    ]
+    worn = [piece for piece in worn if getattr(outfit, piece[0]) and says.get(piece[1], True)]
     strange_garment = int(rng.integers(len(worn))) if rng.uniform() < 0.08 else None
     colours_and_nouns, garments = [], []
-    for index, (style_field, field) in enumerate(worn):
+    for index, (style_field, field, kind) in enumerate(worn):
         style = getattr(outfit, style_field)
         colour = choose(STYLE_WORDS[style])
-        garment = choose(GARMENT_WORDS[getattr(outfit, field) if field else "sneakers"])
+        garment = choose(GARMENT_WORDS[kind])
         if index == strange_garment:
             garment = strange_word(rng)
-        told |= {style_field, field} if field and index != strange_garment else {style_field}
+        told |= {style_field} if index == strange_garment else {style_field, field}
         colours_and_nouns.append((colour, garment))
         is_after = style in COLOURS and rng.uniform() < 0.15
         garments.append(f"{garment} in {colour}" if is_after else f"{colour} {garment}")

@@ -304,21 +304,21 @@ def evaluate(judge: Judge, texture: Callable[[str, int], Tensor], tasks: list[st
         error = (blurred - painting.texture[:3])[:, inside].square().mean()
         tally.add("autoencoder.psnr", -10 * error.log10())
         tally.add("autoencoder.sharpness", gradient_energy(body, blurred) / energy)
+    settings = GenerationSettings.of(judge.trained.cfg.inference)
     for task in tasks:
-        for number in range(limit):
-            judge.add(tally, task, number, texture(task, number))
-            tally.add(f"{task}.sharpness", gradient_energy(body, texture(task, number)) / energy)
+        for number in tqdm(range(limit), f"{task}: measures"):
+            generated, painting = texture(task, number), truths[number][1]
+            judge.add(tally, task, number, generated)
+            tally.add(f"{task}.sharpness", gradient_energy(body, generated) / energy)
+            if task == "t2uv":
+                score_seams(tally, task, body, generated, settings)
+            else:
+                score_pixels(tally, painting, view_of(painting, number)[1], generated)
+                score_skin(tally, painting, generated)
     if "t2uv" in tasks:
-        settings = GenerationSettings.of(judge.trained.cfg.inference)
-        for number in tqdm(range(limit), "seams"):
-            score_seams(tally, "t2uv", body, texture("t2uv", number), settings)
         for name, sentences in SENTENCES.items():
             textures = [texture(sentences_name(name), number) for number in range(len(sentences))]
             score_sentences(tally, name, textures)
-    if "i2uv" in tasks:
-        for number, (_, painting) in enumerate(truths):
-            score_pixels(tally, painting, view_of(painting, number)[1], texture("i2uv", number))
-            score_skin(tally, painting, texture("i2uv", number))
     for weight, number in blends(limit) if len(tasks) == 2 else ():
         pair = truths[number], truths[(number + 1) % limit]
         score_both(tally, weight, *pair, texture(blend_name(weight), number))

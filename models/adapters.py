@@ -12,14 +12,13 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from common.errors import UserError, reason
 from common.files import content_hash
-from lora_utils import ADAPTED, ADAPTER_FILE, LORA_FILE, all_finite, bake_lora, read_tensors
+from lora_utils import ADAPTED, ADAPTER_FILE, LORA_FILE, all_finite, bake_lora, lora_layers, read_tensors
 from models.base import BaseModel
 from models.lora_files import load_lora
 
@@ -176,9 +175,8 @@ def load_adapters(base: BaseModel, adapters: Sequence[tuple[Path, float]], base_
         add_word(base, adapter.word, vector)
         load_lora(base, folder / LORA_FILE)
         for module in (getattr(base, name) for name in ADAPTED):
-            for layer in module.modules():
-                if isinstance(layer, BaseTunerLayer):
-                    layer.scale_layer(weight)
+            for layer in lora_layers(module).values():
+                layer.scale_layer(weight)
     bake_lora(base)
 
 

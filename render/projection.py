@@ -93,16 +93,13 @@ def sight_fit(body: Body, fit: Fit, height: int, width: int, size: int) -> Sight
     footprint = shown.dense(shown.depth, torch.inf)[0] / (fit.cameras.focal[0] * height * FINER)  # metres
     edges = _edges(surface, footprint).unflatten(1, (width, FINER)).unflatten(0, (height, FINER))
     is_edge = edges.any(3).any(1)
-    ways = torch.from_numpy(distance_transform_edt(~is_edge.numpy())).float()
 
     kept = is_near.nonzero()[:, 0]
-    row, column = y[kept].long(), x[kept].long()
     finer = (y[kept] * FINER).long(), (x[kept] * FINER).long()
     own = interpolate(fragments, body.faces, places)[kept]
     gap = (surface[finer] - own).norm(dim=-1)
     is_shown = gap < 1.5 * footprint[finer] / cosine[kept]
-    closeness = (ways[row, column] / (EDGE * height)).clamp(max=1)
-    weight = cosine[kept] ** 2 * closeness
+    weight = cosine[kept] ** 2 * _away_from_edges(is_edge, x[kept], y[kept])
     sighting = Sighting(
         size, fragments.pixel[kept], x[kept], y[kept], weight, normal[kept], None if light is None else light[kept],
         ~is_edge & surface[::FINER, ::FINER].isfinite().all(-1),
@@ -127,13 +124,19 @@ def _edges(surface: Tensor, footprint: Tensor) -> Tensor:
     return is_edge
 
 
+def _away_from_edges(is_edge: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """How far pixels x, y (K,) are from an edge of is_edge (H, W), in [0, 1]: 1 from EDGE of the height on."""
+    ways = torch.from_numpy(distance_transform_edt(~is_edge.numpy())).float()
+    return (ways[y.long(), x.long()] / (EDGE * len(is_edge))).clamp(max=1)
+
+
 def sight_map(body: Body, positions: Tensor, is_body: Tensor, size: int) -> Sighting:
     """The texels that a map of a picture shows. positions: (H, W, 3) metres on the resting body; is_body: (H, W) bool.
 
     A texel lies between the pixels whose places on the body are nearest to its own, as far as they are near at all.
     Normals are those of the resting body.
     """
-    fragments, height = rasterize_uv(body, size), len(is_body)
+    fragments = rasterize_uv(body, size)
     rest = interpolate(fragments, body.faces, body.vertices)
     normal = F.normalize(interpolate(fragments, body.faces, vertex_normals(body.vertices, body.faces)), dim=-1)
     surface = torch.where(is_body[..., None], positions, torch.inf)
@@ -142,7 +145,6 @@ def sight_map(body: Body, positions: Tensor, is_body: Tensor, size: int) -> Sigh
     steps = torch.cat([step[step.isfinite()] for step in steps])
     usual = steps.median().item() if len(steps) else 0.0
     is_edge = _edges(surface, torch.full(is_body.shape, usual))
-    ways = torch.from_numpy(distance_transform_edt(~is_edge.numpy())).float()
     pure = (~is_edge)[row, column].nonzero()[:, 0]
     row, column = row[pure], column[pure]
     count = min(NEIGHBOURS, len(pure))
@@ -159,8 +161,7 @@ def sight_map(body: Body, positions: Tensor, is_body: Tensor, size: int) -> Sigh
     is_beside = ((rows - rows[:, :1]).abs() <= 3) & ((columns - columns[:, :1]).abs() <= 3)
     shares = shares * is_beside / (shares * is_beside).sum(1, keepdim=True)
     x, y = ((shares * pixel).sum(1) + 0.5 for pixel in (columns, rows))
-    closeness = (ways[y.long(), x.long()] / (EDGE * height)).clamp(max=1)
-    weight = closeness * (1 - distance[:, 0] / (REACH * usual + 1e-9)).clamp(min=0)
+    weight = _away_from_edges(is_edge, x, y) * (1 - distance[:, 0] / (REACH * usual + 1e-9)).clamp(min=0)
     sighting = Sighting(size, fragments.pixel, x, y, weight, normal, None, ~is_edge & is_body)
     return sighting.take(weight > 0)
 

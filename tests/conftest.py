@@ -24,7 +24,10 @@ from atlas_dataset.sources import HuggingFaceATLAS
 from config.configuration import DEFAULT_CONFIG, load_config
 from embedded.pretrain.card import MODEL_INDEX
 from embedded.pretrain.tokenizer import train_tokenizer
+from lora_utils import add_lora
 from models.base import load_base
+from models.checkpoints import save_checkpoint
+from models.conditioning import make_aligner
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "yellow": (230, 220, 40)}
 
@@ -169,3 +172,24 @@ def run_script(monkeypatch, capsys):
         return status, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture()
+def make_checkpoint(base, make_config, tmp_path):
+    """A checkpoint of joint training with a random LoRA, of the configuration with overrides → its folder."""
+
+    def make(*overrides: str):
+        cfg = make_config(*overrides)
+        with torch.no_grad():
+            for parameter in add_lora(base.unet, cfg.model.lora):
+                parameter.normal_(std=0.1)
+        folder = tmp_path / "checkpoints" / "joint" / "step-000001"
+        save_checkpoint(folder, cfg, "joint", 1, base, make_aligner(cfg.model.aligner, base))
+        return folder
+
+    return make
+
+
+@pytest.fixture()
+def checkpoint(make_checkpoint):
+    return make_checkpoint()

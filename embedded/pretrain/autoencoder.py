@@ -8,9 +8,9 @@ from diffusers.training_utils import EMAModel
 
 from common.errors import UserError
 from embedded.pretrain.latents import basis_of, make_autoencoder
-from embedded.pretrain.scenes import load_scenes
+from embedded.pretrain.scenes import load_renders, load_scenes
 from embedded.pretrain.stage import Run, train_stage
-from embedded.pretrain.variety import varied_pictures
+from embedded.pretrain.variety import varied_picture
 from models.diffusion import autocast, encode_posterior
 
 BATCH, CROP = 8, 64  # crops, and their side in pixels
@@ -61,7 +61,8 @@ def train_autoencoder(run: Run, steps: int) -> dict:
         )
     torch.manual_seed(1)
     vae = make_autoencoder(*basis_of(written)).to(run.device)  # the decoder of an earlier run is left behind
-    sources = [pictures, varied_pictures(min(VARIED, len(pictures)))]
+    varied, _ = load_renders(run.work, "varied", varied_picture, min(VARIED, len(pictures)), seed=5)
+    sources = [pictures, varied]
     ema = EMAModel(vae.decoder.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
 
     def loss_fn(step):

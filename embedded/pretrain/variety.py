@@ -8,7 +8,6 @@ import string
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from embedded.painter import generic_picture
 from embedded.pretrain.scenes import RESOLUTION
@@ -95,9 +94,9 @@ def draw_words(draw: ImageDraw.ImageDraw, rng: np.random.Generator, size: int) -
         draw.text(place, word, colour(rng), font, stroke_width=outline, stroke_fill=colour(rng))
 
 
-def varied_picture(index: int, size: int = RESOLUTION) -> np.ndarray:
-    """Picture `index` → (3, size, size) uint8; the same for the same index."""
-    rng = np.random.default_rng([5, index])
+def varied_picture(seed: int, index: int, size: int = RESOLUTION) -> tuple[np.ndarray, dict]:
+    """Picture `index` → (3, size, size) uint8 and no labels; the same for the same (seed, index)."""
+    rng = np.random.default_rng([seed, index])
     kind = rng.uniform()
     if kind < 0.55:
         picture = generic_picture(rng, size).numpy().astype(np.float64)
@@ -120,9 +119,4 @@ def varied_picture(index: int, size: int = RESOLUTION) -> np.ndarray:
     if rng.uniform() < 0.3:
         speckled = rng.uniform(size=(size, size)) < rng.uniform(0.005, 0.2)
         picture = picture + speckled * rng.normal(0, rng.uniform(0.03, 0.3), (size, size))
-    return (picture.clip(0, 1) * 255).round().astype(np.uint8)
-
-
-def varied_pictures(count: int) -> np.ndarray:
-    """(count, 3, RESOLUTION, RESOLUTION) uint8."""
-    return np.stack([varied_picture(index) for index in tqdm(range(count), "varied pictures")])
+    return (picture.clip(0, 1) * 255).round().astype(np.uint8), {}

@@ -184,9 +184,9 @@ def test_an_autoencoder_of_another_class_is_not_trained_on(small_run, tiny_base,
 
 
 def test_varied_pictures_are_reproducible_and_rich():
-    pictures = np.stack([varied_picture(index, 64) for index in range(12)])
+    pictures = np.stack([varied_picture(5, index, 64)[0] for index in range(12)])
     assert pictures.dtype == np.uint8 and pictures.shape == (12, 3, 64, 64)
-    assert np.array_equal(pictures[3], varied_picture(3, 64))
+    assert np.array_equal(pictures[3], varied_picture(5, 3, 64)[0])
     assert len({picture.tobytes() for picture in pictures}) == 12
     spread = pictures.reshape(12, -1).std(1)
     assert (spread > 5).all(), "none is flat"

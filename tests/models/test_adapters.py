@@ -26,20 +26,8 @@ from models.adapters import (
 )
 from models.base import load_base
 from models.checkpoints import save_checkpoint
-from models.conditioning import encode_prompts, make_aligner
+from models.conditioning import encode_prompts
 from models.lora_files import load_lora
-
-
-@pytest.fixture()
-def checkpoint(base, make_config, tmp_path):
-    """Of joint training, and its folder under its own name."""
-    cfg = make_config()
-    with torch.no_grad():
-        for parameter in add_lora(base.unet, cfg.model.lora):
-            parameter.normal_(std=0.1)
-    folder = tmp_path / "checkpoints" / "joint" / "step-000001"
-    save_checkpoint(folder, cfg, "joint", 1, base, make_aligner(cfg.model.aligner, base))
-    return folder
 
 
 @pytest.fixture()

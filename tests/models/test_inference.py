@@ -7,22 +7,9 @@ from PIL import Image
 
 from common.errors import INCOMPLETE, INTERRUPTED
 from infer_uv import main as infer_main
-from lora_utils import add_lora, lora_parameters, save_lora
-from models.checkpoints import save_checkpoint
-from models.conditioning import make_aligner
+from lora_utils import lora_parameters, save_lora
 from render.rigs import load_body
 from render.uv_space import uv_mask
-
-
-@pytest.fixture()
-def checkpoint(base, make_config, tmp_path):
-    cfg = make_config()
-    with torch.no_grad():
-        for parameter in add_lora(base.unet, cfg.model.lora):
-            parameter.normal_(std=0.1)
-    folder = tmp_path / "checkpoints" / "joint" / "step-000001"
-    save_checkpoint(folder, cfg, "joint", 1, base, make_aligner(cfg.model.aligner, base))
-    return folder
 
 
 def pixels(path):

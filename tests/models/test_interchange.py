@@ -7,7 +7,6 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
-from test_inference import checkpoint  # noqa: F401  a fixture
 from transformers import CLIPTextModel, CLIPVisionModel
 
 from common.errors import UserError
@@ -181,7 +180,7 @@ def deep_compression_base(tiny_base, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["tiny_base", "deep_compression_base"])
-def test_plain_diffusers_makes_our_picture(checkpoint, cfg, request, kind):  # noqa: F811
+def test_plain_diffusers_makes_our_picture(checkpoint, cfg, request, kind):
     folder = request.getfixturevalue(kind)
     loaded = load_any(checkpoint, cfg)
     loaded.base.vae = load_base(str(folder)).vae

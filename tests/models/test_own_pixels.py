@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_inference import checkpoint, pixels  # noqa: F401
+from test_inference import pixels
 
 from atlas_dataset.fits import read_fit
 from atlas_dataset.views import render_texture
@@ -38,7 +38,7 @@ def person(mesh, tmp_path):
     return folder, texture
 
 
-def test_what_the_picture_shows_is_kept_and_repeats(checkpoint, person, mesh, tmp_path, run_script):  # noqa: F811
+def test_what_the_picture_shows_is_kept_and_repeats(checkpoint, person, mesh, tmp_path, run_script):
     folder, texture = person
     picture = ["--image", folder / "one.png", "--checkpoint", checkpoint, "--size", SIZE]
     fitted = [*picture, "--fit", folder / "one.json"]
@@ -68,7 +68,7 @@ def test_what_the_picture_shows_is_kept_and_repeats(checkpoint, person, mesh, tm
     assert status == 2 and "one.json" in error and "no longer" in error
 
 
-def test_two_pictures_and_folders(checkpoint, person, tmp_path, run_script):  # noqa: F811
+def test_two_pictures_and_folders(checkpoint, person, tmp_path, run_script):
     folder, _ = person
     common = ["--checkpoint", checkpoint, "--size", SIZE, "--save-partial"]
     both = [option for name in ("one", "two") for option in ("--image", folder / f"{name}.png")]
@@ -89,7 +89,7 @@ def test_two_pictures_and_folders(checkpoint, person, tmp_path, run_script):  # 
     assert status == 2 and "no fit of" in error and "two.json" in error
 
 
-def test_the_same_from_python(checkpoint, person, mesh, tmp_path):  # noqa: F811
+def test_the_same_from_python(checkpoint, person, mesh, tmp_path):
     folder, _ = person
     pipeline = TexturePipeline.from_pretrained(checkpoint)
     images = [Image.open(folder / f"{name}.png") for name in ("one", "two")]
@@ -120,7 +120,7 @@ def test_the_same_from_python(checkpoint, person, mesh, tmp_path):  # noqa: F811
         (["--image", "one.png", "--iuv", "one.png", "--iuv-table", "t.mat"], "6890 vertices; this one has 8"),
     ],
 )
-def test_bad_fits_are_one_line(arguments, message, checkpoint, person, monkeypatch, run_script):  # noqa: F811
+def test_bad_fits_are_one_line(arguments, message, checkpoint, person, monkeypatch, run_script):
     folder, _ = person
     monkeypatch.chdir(folder)
     view = json.loads((folder / "one.json").read_text())

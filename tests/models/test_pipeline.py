@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_inference import checkpoint  # noqa: F401  a fixture
 
 from common.errors import UserError
 from infer_uv import TexturePipeline
@@ -21,7 +20,7 @@ from render.uv_space import fill_outside, uv_mask
 
 
 @pytest.fixture()
-def pipeline(checkpoint):  # noqa: F811
+def pipeline(checkpoint):
     return TexturePipeline.from_pretrained(checkpoint)
 
 
@@ -47,7 +46,7 @@ def test_weights_of_0_and_1_are_one_input_alone_to_the_bit(pipeline, person):
     assert np.abs(pixels(pipeline("a man", [person], size=64)[0]) - pixels(text)).max() > 0
 
 
-def test_each_end_of_a_blend_has_its_own_guidance_scale(checkpoint, person):  # noqa: F811
+def test_each_end_of_a_blend_has_its_own_guidance_scale(checkpoint, person):
     scales = ["inference.guidance_scale=5", "inference.image_guidance_scale=2"]
     pipeline = TexturePipeline.from_pretrained(checkpoint, overrides=scales)
     for weight, alone in ((0.0, {"prompt": "a man"}), (1.0, {"images": [person]})):
@@ -92,7 +91,7 @@ def test_different_people_are_made_at_once(pipeline, person):
         pipeline(["a man", "a woman"], seeds=[1, 2, 3])
 
 
-def test_pictures_of_any_shape_are_read_at_a_larger_size(checkpoint, person):  # noqa: F811
+def test_pictures_of_any_shape_are_read_at_a_larger_size(checkpoint, person):
     larger = TexturePipeline.from_pretrained(checkpoint, overrides=["model.image_size=64"])
     (portrait,) = larger(images=[person.resize((48, 64))], size=64)
     (several,) = larger(images=[person.resize((48, 64)), person], size=64)
@@ -101,7 +100,7 @@ def test_pictures_of_any_shape_are_read_at_a_larger_size(checkpoint, person):  #
         TexturePipeline.from_pretrained(checkpoint, overrides=["model.image_size=50"])(images=[person])
 
 
-def test_a_merged_lora_gives_the_same(checkpoint, cfg):  # noqa: F811
+def test_a_merged_lora_gives_the_same(checkpoint, cfg):
     loaded, context = load_any(checkpoint, cfg), torch.randn(1, 77, 16)
     noisy_latents = torch.randn(1, 4, 8, 8)
     with torch.no_grad():
@@ -176,7 +175,7 @@ def test_seams_are_found_and_mended():
     assert torch.allclose(fix_seams(body, even), even, atol=1e-6)
 
 
-def test_lists_are_made_once_and_exports_lie_beside(checkpoint, tmp_path, run_script):  # noqa: F811
+def test_lists_are_made_once_and_exports_lie_beside(checkpoint, tmp_path, run_script):
     (tmp_path / "prompts.txt").write_text("a man in red\n\na woman in blue\n")
     arguments = ["--prompts-file", tmp_path / "prompts.txt", "--checkpoint", checkpoint, "--out", tmp_path / "o"]
     arguments += ["--size", 64, "--export", "glb,sheet"]
@@ -197,7 +196,7 @@ def test_lists_are_made_once_and_exports_lie_beside(checkpoint, tmp_path, run_sc
     assert (tmp_path / "o" / "00001-a-woman-in-blue-0.png").exists()
 
 
-def test_a_folder_of_pictures(checkpoint, tmp_path, run_script, textures):  # noqa: F811
+def test_a_folder_of_pictures(checkpoint, tmp_path, run_script, textures):
     status, _, error = run_script(
         infer_main, "--images", textures, "--checkpoint", checkpoint, "--out", tmp_path / "o", "--size", 32
     )

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from test_inference import checkpoint  # noqa: F401  a fixture
 from test_interchange import deep_compression_base  # noqa: F401  a fixture
 
 from infer_uv import TexturePipeline
@@ -16,7 +15,7 @@ from models.publish import main as publish_main
 
 
 @pytest.fixture()
-def published(checkpoint, tmp_path, run_script, monkeypatch):  # noqa: F811
+def published(checkpoint, tmp_path, run_script, monkeypatch):
     """Runs publish.py → (status, stderr, folder, uploads)."""
     uploads = []
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, name, **options: uploads.append(name))

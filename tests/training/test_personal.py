@@ -12,11 +12,10 @@ from safetensors.torch import load_file
 
 from atlas_dataset.examples import with_word
 from common.errors import STOPPED
-from lora_utils import ADAPTER_FILE, LORA_FILE, add_lora, bake_lora
+from lora_utils import ADAPTER_FILE, LORA_FILE, bake_lora
 from models.adapters import load_adapters, weights_hash
 from models.base import load_base
-from models.checkpoints import RESUME_FILE, save_checkpoint
-from models.conditioning import make_aligner
+from models.checkpoints import RESUME_FILE
 from models.lora_files import load_lora
 from personalise import main as personalise_main
 from render.rigs import load_body
@@ -32,15 +31,9 @@ QUICK = ("personal.measure_every=2", "personal.seeds=1", "personal.num_inference
 
 
 @pytest.fixture()
-def checkpoint(base, make_config, tmp_path):
+def checkpoint(make_checkpoint):
     """Of joint training, whose own configuration has all that a personal run takes over."""
-    cfg = make_config("model.lora.r=2", "model.lora.alpha=2")
-    with torch.no_grad():
-        for parameter in add_lora(base.unet, cfg.model.lora):
-            parameter.normal_(std=0.1)
-    folder = tmp_path / "checkpoints" / "joint" / "step-000001"
-    save_checkpoint(folder, cfg, "joint", 1, base, make_aligner(cfg.model.aligner, base))
-    return folder
+    return make_checkpoint("model.lora.r=2", "model.lora.alpha=2")
 
 
 @pytest.fixture()
