@@ -82,7 +82,10 @@ def run_stage(name: str, run: Run, steps: int) -> None:
     # Two stages may write one folder, so that it is there says nothing about the later one.
     for outdated in [name, *(later for later, stage in STAGES.items() if name in stage.needs)]:
         write_summary(run, outdated, None)
-    write_summary(run, name, STAGES[name].train(run, steps))
+    summary = STAGES[name].train(run, steps)
+    if summary:
+        summary |= {"batch_scale": run.batch_scale, "device": run.device.type}
+    write_summary(run, name, summary)
 
 
 def parse_args() -> argparse.Namespace:
@@ -96,6 +99,7 @@ def parse_args() -> argparse.Namespace:
     for name, stage in STAGES.items():
         if stage.steps:
             parser.add_argument(f"--{name.replace('_', '-')}-steps", type=int, default=stage.steps)
+    parser.add_argument("--batch-scale", type=int, default=1, help="times the batch of every stage, on a card")
     parser.add_argument("--mixed-precision", choices=("auto", "no", "bf16", "fp16"), default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
@@ -106,13 +110,13 @@ def main():
     with exit_on_user_error():
         device = torch.device(args.device)
         precision = resolve_precision(args.mixed_precision, device)
-        run = Run(args.out, args.work, args.renders, args.outfits, device, precision)
+        run = Run(args.out, args.work, args.renders, args.outfits, device, precision, args.batch_scale)
         for name in [args.stage] if args.stage else STAGES:
             run_stage(name, run, getattr(args, f"{name}_steps", 0))
         summaries = read_summaries(run)
         summaries = {name: summaries[name] for name in STAGES if summaries.get(name)}
         facts = dict(renders=run.renders, outfits=run.outfits, views=VIEWS, layouts=LAYOUTS)
-        facts.update(device=device.type, precision=str(precision or torch.float32))
+        facts.update(precision=str(precision or torch.float32))
         if all(name in summaries for name, stage in STAGES.items() if stage.steps):
             write_index_and_card(run.out, facts, summaries)
         print(json.dumps(facts | summaries))

@@ -63,14 +63,15 @@ def train_autoencoder(run: Run, steps: int) -> dict:
     vae = make_autoencoder(*basis_of(written)).to(run.device)  # the decoder of an earlier run is left behind
     varied, _ = load_renders(run.work, "varied", varied_picture, min(VARIED, len(pictures)), seed=5)
     sources = [pictures, varied]
+    batch = BATCH * run.batch_scale
     ema = EMAModel(vae.decoder.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
 
     def loss_fn(step):
         rng = np.random.default_rng([3, step])
-        crops = torch.stack([random_crop(sources[row % 2], rng) for row in range(BATCH)])
+        crops = torch.stack([random_crop(sources[row % 2], rng) for row in range(batch)])
         pixel_values = crops.to(run.device) * 2 - 1
         latents, _ = encode_posterior(vae, pixel_values)
-        latents = latents + NOISE * torch.randn(latents.shape).to(run.device)
+        latents = latents + NOISE * torch.randn(latents.shape, device=run.device)
         with autocast(run.device, run.precision):
             decoded = vae.decode(latents).sample
         return reconstruction_loss(decoded.float(), pixel_values)

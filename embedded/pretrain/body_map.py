@@ -76,9 +76,11 @@ def train_body_map(run: Run, steps: int) -> dict:
     torch.manual_seed(4)
     network = BodyMap().to(run.device)
 
+    batch_size = BATCH * run.batch_scale
+
     def loss_fn(step):
         rng = np.random.default_rng([8, step])
-        numbers, views = rng.integers(0, len(rows), BATCH), rng.integers(0, VIEWS, BATCH)
+        numbers, views = rng.integers(0, len(rows), batch_size), rng.integers(0, VIEWS, batch_size)
         batch = unpacked(np.stack([rows[number, view] for number, view in zip(numbers, views)]))
         if rng.uniform() < 0.5:
             batch = mirrored(*batch)

@@ -46,19 +46,19 @@ the layout that joint training teaches. The text encoder learned to tell from ca
 the outfits are; the image encoder to tell it from pictures, where each region is and which colour it has, and to find
 the caption. It is no use for anything but this project's demonstration and tests.
 
-| stage | steps | seconds ({device}, {precision}) | first loss | last loss |
-| --- | --- | --- | --- | --- |
+| stage | steps | batch, times its own | on | seconds | first loss | last loss |
+| --- | --- | --- | --- | --- | --- | --- |
 {stages}
 
 The UNet's loss, by quarter of the timesteps from little noise to much: {losses}.
 """
-STAGE_ROW = "| {name} | {steps} | {seconds} | {first_loss:.3f} | {last_loss:.3f} |"
+STAGE_ROW = "| {name} | {steps} | {batch_scale} | {device} | {seconds} | {first_loss:.3f} | {last_loss:.3f} |"
 
 
 def write_index_and_card(out: Path, facts: dict, summaries: dict[str, dict]) -> None:
     """Writes model_index.json and README.md into a base whose folders are all there.
 
-    facts: renders, outfits, views, layouts, device, precision. summaries: `train_stage`'s, by stage.
+    facts: renders, outfits, views, layouts. summaries: by stage, as `run_stage` writes them.
     """
     (out / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
     base = load_base(str(out))

@@ -73,12 +73,14 @@ def train_image_encoder(run: Run, steps: int) -> dict:
     targets = attributes(outfits, [ALL_TOLD] * len(outfits))
     targets[~torch.from_numpy(captioned)] = -1  # recoloured beyond words
 
+    batch = min(BATCH * run.batch_scale, len(pictures))
+
     def loss_fn(step):
         rng = np.random.default_rng([5, step])
-        rows, views = rng.choice(len(pictures), BATCH, replace=False), rng.integers(0, VIEWS, BATCH)
-        pixels = torch.from_numpy(np.stack([pictures[row, view] for row, view in zip(rows, views)])).float()
-        shares = F.interpolate(torch.from_numpy(region_shares[rows, views]).float(), size=pixels.shape[2:])
-        both = augment(torch.cat([pixels, shares], 1).to(device) / 255, torch.Generator().manual_seed(step))
+        rows, views = rng.choice(len(pictures), batch, replace=False), rng.integers(0, VIEWS, batch)
+        pixels = torch.from_numpy(np.stack([pictures[row, view] for row, view in zip(rows, views)])).to(device).float()
+        shares = F.interpolate(torch.from_numpy(region_shares[rows, views]).to(device).float(), size=pixels.shape[2:])
+        both = augment(torch.cat([pixels, shares], 1) / 255, torch.Generator().manual_seed(step))
         if rng.uniform() < 0.2:  # a square, as other tools make it
             bars = (both.shape[2] - both.shape[3]) // 2
             both = F.pad(both, (bars, bars))

@@ -21,6 +21,7 @@ class Run:
     outfits: int  # outfits rendered in several poses, for the encoders
     device: torch.device
     precision: torch.dtype | None  # autocast dtype; None is float32
+    batch_scale: int = 1  # times the pictures of each step: a card has room for more
 
 
 def train_stage(

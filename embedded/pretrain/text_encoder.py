@@ -34,12 +34,14 @@ def train_text_encoder(run: Run, steps: int) -> dict:
     heads = {"states": telling_heads(config.hidden_size), "pooled": telling_heads(EMBEDDING)}
     heads = torch.nn.ModuleDict(heads).to(device)
 
+    batch = BATCH * run.batch_scale
+
     def loss_fn(step):
         rng = np.random.default_rng([6, step])
-        outfits = [sample_outfit(rng) for _ in range(BATCH)]
+        outfits = [sample_outfit(rng) for _ in range(batch)]
         captions = [caption_of(outfit, rng) for outfit in outfits]
         targets = attributes(outfits, [caption.told for caption in captions])
-        layouts = rng.integers(0, 2 * LAYOUTS, BATCH)  # half of the captions name one
+        layouts = rng.integers(0, 2 * LAYOUTS, batch)  # half of the captions name one
         endings = [layout_words(layout) if layout < LAYOUTS else "" for layout in layouts]
         input_ids = tokenize(tokenizer, [caption.text + ending for caption, ending in zip(captions, endings)])
         longest = int((input_ids != end).sum(-1).max()) + 1  # attention is causal: what follows changes nothing before

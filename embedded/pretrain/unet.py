@@ -16,7 +16,6 @@ from models.diffusion import autocast, encode_posterior, training_target
 
 BATCH = 24  # pictures
 SMALL_SHARE = 0.75  # of the steps: pictures of half the size, and twice as many
-LARGE = 3000  # pictures for the other steps
 COLOURS = 3  # of the latents' channels: they count for as much in the loss as all the detail channels together
 BLOCKS = dict(
     block_out_channels=(64, 96, 128),
@@ -91,11 +90,11 @@ def train_unet(run: Run, steps: int) -> dict:
     text_encoder = CLIPTextModel.from_pretrained(run.out / "text_encoder", dtype=torch.float32).to(device).eval()
     noise_scheduler = DDPMScheduler(**BETAS, **ZERO_TERMINAL_SNR, steps_offset=1, clip_sample=False)
     DDIMScheduler.from_config(noise_scheduler.config, set_alpha_to_one=True).save_pretrained(run.out / "scheduler")
-    small_latents = encode_pictures(vae, pictures, RESOLUTION // 2, run.precision)
-    large_latents = encode_pictures(vae, pictures[:LARGE], RESOLUTION, run.precision)
+    small_latents = encode_pictures(vae, pictures, RESOLUTION // 2, run.precision).to(device)
+    large_latents = encode_pictures(vae, pictures, RESOLUTION, run.precision).to(device)
     captions = [caption for label in labels for caption in label["captions"]]
-    states = encode_captions(text_encoder, tokenizer, captions, run.precision).unflatten(0, (-1, CAPTIONS))
-    empty_state = encode_captions(text_encoder, tokenizer, [""], run.precision)[0]
+    states = encode_captions(text_encoder, tokenizer, captions, run.precision).unflatten(0, (-1, CAPTIONS)).to(device)
+    empty_state = encode_captions(text_encoder, tokenizer, [""], run.precision)[0].to(device)
 
     torch.manual_seed(2)
     channels = vae.config.latent_channels
@@ -103,20 +102,22 @@ def train_unet(run: Run, steps: int) -> dict:
     unet.to(device, memory_format=torch.channels_last)
     ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
 
+    batch = BATCH * run.batch_scale
+
     def loss_fn(step):
         rng = np.random.default_rng([4, step])
-        all_latents, count = (small_latents, 2 * BATCH) if step < SMALL_SHARE * steps else (large_latents, BATCH)
+        all_latents, count = (small_latents, 2 * batch) if step < SMALL_SHARE * steps else (large_latents, batch)
         count = min(count, len(all_latents))
-        rows = rng.choice(len(all_latents), count, replace=False)
-        latents = all_latents[rows].to(device).float()
-        encoder_hidden_states = states[rows, rng.integers(0, CAPTIONS, count)]
-        encoder_hidden_states[torch.rand(count) < 0.1] = empty_state
-        noise = torch.randn(latents.shape).to(device)
-        timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (count,)).to(device)
+        rows = torch.from_numpy(rng.choice(len(all_latents), count, replace=False)).to(device)
+        latents = all_latents[rows].float()
+        encoder_hidden_states = states[rows, torch.from_numpy(rng.integers(0, CAPTIONS, count)).to(device)].float()
+        encoder_hidden_states[torch.rand(count) < 0.1] = empty_state.float()
+        noise = torch.randn(latents.shape, device=device)
+        timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (count,), device=device)
         noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
         noisy_latents = noisy_latents.contiguous(memory_format=torch.channels_last)
         with autocast(device, run.precision):
-            noise_pred = unet(noisy_latents, timesteps, encoder_hidden_states.to(device).float()).sample
+            noise_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
         target = training_target(noise_scheduler, latents, noise, timesteps)
         colour, detail = group_errors(noise_pred.float(), target)
         return (colour.mean() + detail.mean()) / 2
