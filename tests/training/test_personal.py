@@ -216,7 +216,7 @@ def test_going_on_is_as_if_it_had_never_stopped(config, tmp_path):
 def test_before_training_the_class_has_not_moved_and_the_word_is_as_far_as_it(config):
     run = set_up(config(), "personal")
     measure = run.watch.measure(2)
-    assert measure.prior == 1 and measure.identity == pytest.approx(np.exp(-1), abs=0.01)
+    assert measure.prior == pytest.approx(1, abs=1e-6) and measure.identity == pytest.approx(np.exp(-1), abs=0.01)
     with torch.no_grad():
         for parameter in run.parameters[:-1]:
             parameter.normal_(std=0.3)
