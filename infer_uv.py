@@ -392,7 +392,7 @@ def is_done(job: Job, description: dict, exports: list[str]) -> bool:
         return False
     try:
         earlier = read_description(job.path)
-    except (UserError, OSError, ValueError, KeyError, AttributeError):  # another program's picture, or half of one
+    except (UserError, OSError, ValueError):  # another program's picture, or half of one
         return False
     return all(earlier.get(key) == value for key, value in description.items())
 

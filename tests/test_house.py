@@ -110,3 +110,10 @@ def test_the_tour_names_what_is_there():
                 assert re.search(rf"^ *(def|class) {name}\b|^{name} = ", source, re.M), f"{file} has no {name}"
                 checked += 1
     assert checked > 40
+
+
+def test_the_guarantees_name_tests_that_are_there():
+    names = re.findall(r"`([\w/]+\.py)::(test_\w+)`", (PROJECT_ROOT / "docs" / "guarantees.md").read_text())
+    assert len(names) > 20
+    for file, name in names:
+        assert f"\ndef {name}(" in (PROJECT_ROOT / "tests" / file).read_text(), f"{file}::{name}"
