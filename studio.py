@@ -26,6 +26,7 @@ from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
 from pathlib import Path
+from socketserver import TCPServer
 from urllib.parse import parse_qs, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -499,6 +500,11 @@ class Server(ThreadingHTTPServer):
         self.is_local = is_loopback(host)
         self.own_names = {f"{name}:{self.server_port}" for name in (host, "127.0.0.1", "localhost")}
         self.address = f"http://{host}:{self.server_port}/"
+
+    def server_bind(self) -> None:
+        """Without HTTPServer's question, to a name server, whose this address is."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
 
     def handle_error(self, request, client_address) -> None:
         """A visitor who left in the middle of an answer is no fault of ours."""
