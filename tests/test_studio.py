@@ -378,7 +378,7 @@ def test_in_a_browser(browser, server, textures, tmp_path):
 
     (tmp_path / "no.png").write_text("no picture")
     page.set_input_files("#pictures", tmp_path / "no.png")
-    page.wait_for_function("document.querySelector('#fault').textContent.startsWith('Cannot read picture')")
+    page.wait_for_function("() => document.querySelector('#fault').textContent.startsWith('Cannot read picture')")
     assert [fault for fault in page.faults if "400" not in fault] == [] and len(page.faults) == 1
     assert page.foreign == other.foreign == [] and other.locator("#gallery button").count() == 0
 
@@ -387,9 +387,9 @@ def test_in_a_browser(browser, server, textures, tmp_path):
     other.fill("#steps", "200")
     other.select_option("#number", "4")
     other.click("#make")
-    other.wait_for_function("/^Step [1-9]/.test(document.querySelector('#status').textContent)")
+    other.wait_for_function("() => /^Step [1-9]/.test(document.querySelector('#status').textContent)")
     other.click("#cancel")
-    other.wait_for_function("document.querySelector('#status').textContent === 'Cancelled.'")
+    other.wait_for_function("() => document.querySelector('#status').textContent === 'Cancelled.'")
     assert other.is_enabled("#make")
 
     for width in (1440, 390):
@@ -397,5 +397,5 @@ def test_in_a_browser(browser, server, textures, tmp_path):
         assert page.evaluate("document.documentElement.scrollWidth") <= width
     if AXE.exists():
         page.evaluate(AXE.read_text())
-        violations = page.evaluate("axe.run().then(found => found.violations)")
+        violations = page.evaluate("axe.run().then(result => result.violations)")
         assert [each["id"] for each in violations] == []
