@@ -18,6 +18,7 @@ COMMANDS = {
     ("t2uv.py",): ["--training.t2uv.batchsize=1"],
     ("i2uv.py",): ["--resume", "nowhere", "--training.seed=-1"],
     ("infer_uv.py",): ["--prompt", "a man", "--checkpoint", "nowhere"],
+    ("studio.py",): ["--port", "65536"],
     ("personalise.py",): ["--examples", "nowhere", "--name", "sks", "--class", "a man"],
     ("evaluate.py",): ["--limit", "0"],
     ("lora_utils.py", "export"): ["nowhere", "--format", "kohya", "--out", "lora"],
