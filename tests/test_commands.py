@@ -142,6 +142,22 @@ BAD_CALLS = {
         "--prompt a --out file/texture.png",
         "--prompt a --inference.sampler=nonsense",
     ],
+    "studio": [
+        "--port many",
+        "--port -1",
+        "--nonsense",
+        "--nonsense.key=1",
+        "--checkpoint nowhere",
+        "--checkpoint folder",
+        "--checkpoint file",
+        "--adapter folder",
+        "--config nowhere.yaml",
+        "--config noise",
+        "--training.seed=x",
+        "--out file",
+        "--out file/folder",
+        "--port 0 --host 192.0.2.1",  # of no machine: an address for documents, RFC 5737
+    ],
     "personalise": [
         "",
         "--examples folder",

@@ -305,7 +305,7 @@ def test_a_port_that_is_taken_is_one_line(studio):
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
     if CHROMIUM is None:
-        pytest.skip("needs Chromium")
+        pytest.skip("needs chromium or google-chrome on the PATH")
     graphics = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"]
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *graphics])
@@ -380,7 +380,8 @@ def test_in_a_browser(browser, server, textures, tmp_path):
     for width in (1440, 390):
         page.set_viewport_size({"width": width, "height": 844})
         assert page.evaluate("document.documentElement.scrollWidth") <= width
-    if AXE.exists():
-        page.evaluate(AXE.read_text())
-        violations = page.evaluate("axe.run().then(result => result.violations)")
-        assert [each["id"] for each in violations] == []
+    if not AXE.exists():
+        pytest.skip("all but accessibility passed, which needs axe-core: npm ci --prefix tests")
+    page.evaluate(AXE.read_text())
+    violations = page.evaluate("axe.run().then(result => result.violations)")
+    assert [each["id"] for each in violations] == []
