@@ -18,5 +18,5 @@ lint: .venv/.ready-test
 	touch $@
 .venv/.ready-test: .venv/.ready tests/requirements.txt tests/package-lock.json
 	$(BIN)/python -m pip install -q -r tests/requirements.txt
-	if command -v npm >/dev/null; then npm ci --prefix tests --no-audit --no-fund --silent; fi  # the glTF validator
+	if command -v npm >/dev/null; then npm ci --prefix tests --no-audit --no-fund --silent; fi  # the glTF validator, axe-core
 	touch $@

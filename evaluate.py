@@ -78,9 +78,9 @@ def main():
             rows = compare(*args.compare)
             print(comparison_table(rows), json.dumps(rows, allow_nan=False), sep="\n")
             return
+        cfg = load_config(DEFAULT_CONFIG, overrides)  # before `check`, which makes --out's folder
         check(args)
         processes.keep_freed_memory()
-        cfg = load_config(DEFAULT_CONFIG, overrides)
         results = evaluate_textures(args, cfg) if args.textures else evaluate_model(args, cfg, overrides)
     if results is not None:  # the main process's
         print(json.dumps(summary(results), indent=1, ensure_ascii=False))

@@ -99,7 +99,8 @@ class Call:
     iuv_table: str | None  # with it, the jobs' fits are IUV pictures
 
 
-def parse_args() -> tuple[argparse.Namespace, list[str]]:
+def parse_args(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """What was asked for, and overrides of the configuration. arguments: None is the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     given = parser.add_argument_group("what the person looks like")
     given.add_argument("--prompt")
@@ -164,7 +165,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         help="that move a vertex of a GLB, at most: all viewers read 4, few read 8 (default: %(default)s)",
     )  # fmt: skip
     out.add_argument("--pose", default="rest", help="of the exported body: rest, standing, walking, ...")
-    args, unknown = parser.parse_known_args()
+    args, unknown = parser.parse_known_args(arguments)
     args.exports = [name for name in args.export.split(",") if name] + ["gif"] * args.turntable
     args.exports += ["partial"] * args.save_partial
     args.relight = {None: None, "on": True, "off": False}[args.relight]
@@ -392,7 +393,7 @@ def is_done(job: Job, description: dict, exports: list[str]) -> bool:
         return False
     try:
         earlier = read_description(job.path)
-    except (UserError, OSError, ValueError, KeyError, AttributeError):  # another program's picture, or half of one
+    except (UserError, OSError, ValueError):  # another program's picture, or half of one
         return False
     return all(earlier.get(key) == value for key, value in description.items())
 

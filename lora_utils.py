@@ -1,10 +1,10 @@
 """LoRA on the UNet and both encoders: adding it, saving it where others can load it, merging and exporting it."""
 
 import argparse
-import json
 import math
 import re
 import sys
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from common.errors import UserError, exit_on_user_error, reason
 from common.files import write_whole
+from common.text import parse_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER_FILE = "adapter.json"  # of a personal adapter (models/adapters.py): the base it is for, its word
@@ -173,21 +174,56 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as content:
                 return {key: content.get_tensor(key) for key in content.keys()}, content.metadata() or {}  # noqa: SIM118
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        tensors = load_pickle(file)
     except Exception as error:  # pickle, zip and safetensors each have their own errors
         raise UserError(f"cannot read {file}: {reason(error)}") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise UserError(f"{file} is not a state dict of tensors")
+    if any(map(_is_larger_than_its_storage, tensors.values())):
+        raise UserError(f"{file} holds a tensor of more numbers than are in the file; save it anew")
     return tensors, {}
+
+
+def load_pickle(file: Path):
+    """What torch.save wrote, on the CPU; no code of it is run. Raises what torch raises, and ValueError for an archive
+    that unpacks to more than it is: torch.save compresses nothing."""
+    with open(file, "rb") as start:
+        is_archive = start.read(4) == b"PK\x03\x04"
+    if is_archive:
+        with zipfile.ZipFile(file) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > file.stat().st_size:
+            raise ValueError(f"it unpacks to {size / 1e6:.0f} MB, more than its own size, as torch.save writes nothing")
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _is_larger_than_its_storage(tensor: torch.Tensor) -> bool:
+    """Whether a file gives one number for many, by strides of 0, which whoever copies it would have to hold."""
+    return tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
 
 
 def diffusers_config(metadata: dict[str, str], file: Path) -> dict:
     """What diffusers writes into a LoRA file of its PEFT configurations, each key after its component's name; {} where
     it says nothing."""
     try:
-        return json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        return checked_config(parse_json(metadata.get("lora_adapter_metadata", "{}")))
     except ValueError as error:
         raise UserError(f"cannot read the metadata of {file}: {reason(error)}") from None
+
+
+def checked_config(config) -> dict:
+    """PEFT's configuration, keys bare or after a component's name. Raises ValueError where its scale is no number."""
+    if not isinstance(config, dict):
+        raise ValueError(f"a {type(config).__name__} is no configuration")
+    for key, value in config.items():
+        name = key.rpartition(".")[2]
+        if name == "lora_alpha" and not isinstance(value, int | float):
+            raise ValueError(f"{key} {value!r} is no number")
+        if name in ("alpha_pattern", "rank_pattern") and not (
+            value is None or (isinstance(value, dict) and all(isinstance(item, int | float) for item in value.values()))
+        ):
+            raise ValueError(f"{key} does not say a number for each layer")
+    return config
 
 
 def own_config(config: dict, component: str) -> dict:
@@ -197,6 +233,8 @@ def own_config(config: dict, component: str) -> dict:
 
 def scale_of(config: dict, layer: str, rank: int) -> float:
     """alpha / rank, or alpha / sqrt(rank) in a rank-stabilised LoRA (Kalajdzievski 2023). config: PEFT's."""
+    if "lora_alpha" not in config:
+        raise UserError(f"the file's configuration does not say the lora_alpha of {layer}; save the LoRA anew")
     alphas = config.get("alpha_pattern") or {}
     alpha = alphas.get(get_pattern_key(alphas, layer), config["lora_alpha"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -240,7 +278,7 @@ def export_word(folder: Path, out: Path) -> Path | None:
     if not (folder / ADAPTER_FILE).is_file():
         return None
     try:
-        name = f"{json.loads((folder / ADAPTER_FILE).read_text())['word']}.safetensors"
+        name = f"{parse_json((folder / ADAPTER_FILE).read_text())['word']}.safetensors"
         if Path(name).name != name:
             raise ValueError(f"{name} lies in another folder")
         embedding = (folder / name).read_bytes()

@@ -1,7 +1,6 @@
 """`ATLASLarge`: the rows that training reads, textures with their prompts and renders."""
 
 import copy
-import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,6 +19,7 @@ from common import processes
 from common.errors import UserError, reason
 from common.files import is_hidden
 from common.pictures import image_from_pixels, open_image, prepare_image
+from common.text import parse_json
 from config.configuration import Render
 from render.rigs import load_rig
 from render.uv_space import fill_outside, texture_pixels, uv_mask
@@ -78,7 +78,7 @@ class ATLASLarge(Dataset):
         self.cached: dict = {}  # name → row → tensor
 
     def _open_built(self, root: Path, cache_dir: str | None) -> None:
-        info = json.loads((root / INFO_FILE).read_text())
+        info = parse_json((root / INFO_FILE).read_text())
         self.body = info["body"]
         if not info.get("complete"):
             raise UserError(
@@ -271,6 +271,6 @@ class ATLASLarge(Dataset):
 def data_set_source(root: str | Path) -> str | None:
     """The fingerprint of the textures that build_atlas_large.py wrote a data set from; None where none is said."""
     try:
-        return json.loads((Path(root) / INFO_FILE).read_text()).get("source")
+        return parse_json((Path(root) / INFO_FILE).read_text()).get("source")
     except (OSError, ValueError, AttributeError):
         return None

@@ -6,8 +6,9 @@ TokenHMR (Dwivedi et al. 2024): rotation matrices, `pred_cam` in a crop (`box_ce
 `camera_translation`. Their cameras are OpenCV's, as ours are. Nothing in a file is run.
 """
 
-import json
+import itertools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,12 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from atlas_dataset.views import frame_bodies, view_lights
-from common.errors import UserError
-from common.text import read_text
+from common.errors import UserError, reason
+from common.text import parse_json, read_text
 from render.cameras import Cameras
 from render.projection import Fit
 from render.rigs import AnnyRig, SmplRig, load_rig
-from render.smpl import GENDERS, KINDS, posed_vertices, read_arrays
+from render.smpl import GENDERS, KINDS, MOST_DICTIONARIES, posed_vertices, read_arrays
 
 FIT_SUFFIXES = (".json", ".npz", ".pkl")
 CAMERA = ("azimuth", "elevation", "fov_degrees", "fill", "bottom")  # of our own fits
@@ -45,7 +46,11 @@ def read_fit(path: str | Path, body_spec: str, height: int, width: int) -> Fit:
     what is no number.
     """
     path = Path(path)
-    values = _flat(_read_values(path))
+    read_values = _read_values(path)
+    try:
+        values = _flat(read_values, itertools.count(1))
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{path} holds what no fit holds ({reason(error)}); give one of README's kinds") from None
     for name, value in values.items():
         if isinstance(value, np.ndarray) and value.dtype.kind == "f" and not np.isfinite(value).all():
             raise UserError(f"{path}: {name} holds what is no number; fit the picture again")
@@ -76,7 +81,7 @@ def _read_values(path: Path) -> dict:
     if path.suffix != ".json":
         raise UserError(f"{path} is no fit; give a .json, .npz or .pkl file")
     try:
-        values = json.loads(read_text(path))
+        values = parse_json(read_text(path))
     except ValueError as error:
         raise UserError(f"cannot read {path}: {error}; give a JSON object") from None
     if not isinstance(values, dict):
@@ -84,14 +89,19 @@ def _read_values(path: Path) -> dict:
     return values
 
 
-def _flat(values: dict) -> dict:
-    """Dictionaries inside (`pred_smpl_params`; a tracker's only person) opened, lists and scalars as arrays."""
+def _flat(values: dict, counter: Iterator[int]) -> dict:
+    """Dictionaries inside (`pred_smpl_params`; a tracker's only person) opened, lists and scalars as arrays.
+
+    counter: of the dictionaries, as in render/smpl.py. Raises ValueError for more than MOST_DICTIONARIES.
+    """
+    if next(counter) > MOST_DICTIONARIES:
+        raise ValueError(f"more than {MOST_DICTIONARIES} dictionaries in each other")
     flat = {}
     for name, value in values.items():
         if isinstance(value, np.ndarray) and value.dtype == object and value.ndim == 0:
             value = value.item()
         if isinstance(value, dict):
-            flat |= _flat(value)
+            flat |= _flat(value, counter)
         elif isinstance(value, (list, tuple, int, float)) and str(name) != "lights":
             flat[str(name)] = np.asarray(value, dtype=None if value else float)
         else:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 import re
 import unicodedata
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import UserError
-from common.text import one_line, read_lines, read_text
+from common.text import one_line, parse_json, read_lines, read_text
 
 FILE_COLUMNS = ("file_name", "file", "image")
 PROMPT_COLUMNS = ("prompt", "text", "caption")
@@ -91,7 +90,10 @@ def _columns(header: list[str]) -> tuple[str, str] | None:
 def _csv_rows(path: Path) -> Iterator[tuple[int, str, str]]:
     text = read_text(path)
     for delimiter in ",;\t":  # spreadsheets write semicolons where the comma is in numbers
-        header = next(csv.reader(io.StringIO(text), delimiter=delimiter), [])
+        try:
+            header = next(csv.reader(io.StringIO(text), delimiter=delimiter), [])
+        except csv.Error as error:
+            raise UserError(f"{path} line 1: {error}") from None
         header = [name.strip().lower() for name in header]
         if columns := _columns(header):
             break
@@ -120,7 +122,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, str, str]]:
 def _json_lines(path: Path) -> Iterator[tuple[int, str, str]]:
     for number, line in read_lines(path):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
             raise UserError(f"{path} line {number} is not JSON: {error}") from None
         columns = _columns(list(record)) if isinstance(record, dict) else None

@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from common.errors import UserError, reason
 from common.files import check_writable, temporary_name
-from common.text import read_text
+from common.text import parse_json, read_text
 
 ROWS_AT_ONCE = 16  # bounds the memory of copying
 
@@ -86,9 +86,12 @@ def read_batches(file: Path, columns: list[str] | None = None) -> Iterator[pyarr
 
 def open_saved(folder: Path) -> datasets.Dataset:
     """The rows that `save_to_disk` wrote into a folder. Raises OSError, ValueError or KeyError when it did not."""
-    state = json.loads(read_text(folder / "state.json"))
-    info = datasets.DatasetInfo.from_dict(json.loads(read_text(folder / "dataset_info.json")))
-    files = [str(folder / data_file["filename"]) for data_file in state["_data_files"]]
+    state = parse_json(read_text(folder / "state.json"))
+    info = datasets.DatasetInfo.from_dict(parse_json(read_text(folder / "dataset_info.json")))
+    names = [data_file["filename"] for data_file in state["_data_files"]]
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"state.json names {outside[0]!r}, which lies in another folder")
+    files = [str(folder / name) for name in names]
     return datasets.concatenate_datasets([datasets.Dataset.from_file(file, info) for file in files])
 
 

@@ -175,8 +175,8 @@ def measure(person: Person, count: int, distractors: list[Tensor], work: Path, a
         results["bleed_ratio"] = with_prior / alone
     if not args.no_sweep:
         _, sweep = train("sweep", "personal.patience=null")
-        scores = [max(0.0, entry["identity"]) * max(0.0, entry["prior"]) for entry in (*sweep, best)]
-        results["stop_within"] = 1 - scores[-1] / max(scores) if max(scores) else 0.0
+        scores = [entry["identity"] * entry["prior"] for entry in (*sweep, best)]
+        results["stop_within"] = 1 - scores[-1] / max(scores)
     return results
 
 

@@ -20,11 +20,17 @@ def exit_on_user_error():
     try:
         yield
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_printable(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; what is written is whole", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _printable(text: str) -> str:
+    """Control characters, which names of files and prompts may hold, move a terminal's cursor or worse: by their
+    codes."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 @contextlib.contextmanager

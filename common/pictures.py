@@ -36,15 +36,20 @@ COLOURS = bytes(itertools.chain(*itertools.product(range(0, 256, 15), repeat=3))
 COLOUR_GRID = Image.frombytes("RGB", (18 * 18, 18), COLOURS)
 
 
-def open_image(source: str | Path | bytes, name: str | None = None, size: int | None = None) -> Image.Image:
+def open_image(
+    source: str | Path | bytes, name: str | None = None, size: int | None = None, most_pixels: int | None = None
+) -> Image.Image:
     """A picture from a file or from encoded bytes, turned upright, as RGB or RGBA in sRGB.
 
     A damaged profile, or one of another kind than the pixels, is not used: they are taken as sRGB.
-    size: the side it will be shrunk to, if known: a JPEG is then decoded no larger than needed. Raises UserError,
-    with `name` or the path, when it cannot be read.
+    size: the side it will be shrunk to, if known: a JPEG is then decoded no larger than needed.
+    most_pixels: a larger picture is refused before its pixels are decoded. Raises UserError, with `name` or the path,
+    when it cannot be read.
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if most_pixels and image.width * image.height > most_pixels:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {most_pixels:,}")
             if size:
                 image.draft("RGB", (size, size))
             image.load()

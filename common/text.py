@@ -1,6 +1,7 @@
 """Text files as people's editors write them: UTF-8 with or without a byte order mark, UTF-16, any line ends."""
 
 import codecs
+import json
 import re
 from pathlib import Path
 
@@ -36,6 +37,14 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
     if errors == "strict" and "\0" in text:
         raise UserError(f"{path} holds NUL characters: it is no text, or of another encoding; save it as UTF-8 text")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def parse_json(text: str | bytes):
+    """What JSON says. Raises ValueError for what is none, and for what is nested more deeply than Python follows."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
 
 
 def one_line(text: str) -> str:

@@ -5,6 +5,7 @@ Unknown keys and wrong types are errors that name the key. The resolved configur
 
 import argparse
 import difflib
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
@@ -26,6 +27,7 @@ from common.files import PROJECT_ROOT, current_name
 from common.text import read_text
 
 DEFAULT_CONFIG = PROJECT_ROOT / "config" / "train_config.yaml"
+MOST_NODES = 10_000  # keys and values of a file; train_config.yaml has some 150
 
 
 def _number(value):
@@ -280,15 +282,16 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]
 def _explain(error: ValidationError) -> str:
     """The first problem of a validation error in one line."""
     problem = error.errors()[0]
-    key = ".".join(str(name) for name in problem["loc"])
+    key, given = ".".join(str(name) for name in problem["loc"]), repr(problem["input"])
+    given = given if len(given) <= 200 else f"{given[:200]} ..."
     if problem["type"] == "extra_forbidden":
         nearest = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.0)
         return f"unknown key {key!r}; did you mean {nearest[0]!r}?"
     if problem["type"] == "value_error":
         return f"{key}: {problem['ctx']['error']}"
     if problem["type"] == "string_type":
-        return f"{key} is text: put {problem['input']!r} in quotes, or leave the key out"
-    return f"{key}: {problem['msg'].lower()}, got {problem['input']!r}"
+        return f"{key} is text: put {given} in quotes, or leave the key out"
+    return f"{key}: {problem['msg'].lower()}, got {given}"
 
 
 def read_config(values: dict, where: str) -> Config:
@@ -311,6 +314,8 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     try:
         values = yaml.load(content, KeyLoader) or {}
         texts = yaml.load(content, yaml.BaseLoader) or {}
+    except RecursionError:
+        raise UserError(f"config {path} is nested too deeply; it holds sections such as model: and training:") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -333,7 +338,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
 
 class KeyLoader(yaml.SafeLoader):
     """YAML whose scalars are text but for truth values, null and decimal integers, and where a key that is given twice
-    is an error.
+    is an error, as are anchors that in a small file stand for more than MOST_NODES values.
 
     So a date is the text that it is, `Number` reads 1e-4, and an integer 010 or 1:30, to YAML 1.1 8 and 90, is refused.
     """
@@ -343,12 +348,29 @@ class KeyLoader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def get_single_node(self):
+        node = super().get_single_node()
+        if node is not None and _count_nodes(node, {}) > MOST_NODES:
+            raise yaml.constructor.ConstructorError(None, None, f"it stands for more than {MOST_NODES} values")
+        return node
+
     def construct_mapping(self, node, deep=False):
         names = [key.value for key, _ in node.value]
         for (key, _), name in zip(node.value, names):
             if names.count(name) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {name!r} is given twice", key.start_mark)
         return super().construct_mapping(node, deep)
+
+
+def _count_nodes(node: yaml.Node, counts: dict[int, float]) -> float:
+    """Values that a node stands for, those of an anchor as often as it is named; counts: of nodes that were counted."""
+    if id(node) not in counts:
+        counts[id(node)] = math.inf  # stays so in a node that is inside itself
+        pairs = isinstance(node, yaml.MappingNode)
+        children = [child for pair in node.value for child in pair] if pairs else node.value
+        is_scalar = isinstance(node, yaml.ScalarNode)
+        counts[id(node)] = 1 if is_scalar else 1 + sum(_count_nodes(child, counts) for child in children)
+    return counts[id(node)]
 
 
 KeyLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile("[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
@@ -372,7 +394,7 @@ def _override(text: str, annotation):
         return None if is_none else text
     try:
         value, written = yaml.load(text, KeyLoader), yaml.load(text, yaml.BaseLoader)
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text
     return _of_the_keys_types(value, written, annotation) if text else text  # write null for none
 

@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from common.errors import UserError, reason
 from common.files import write_whole
-from common.text import read_text
+from common.text import parse_json, read_text
 from evaluation.consistency import DEFECTS
 from evaluation.data import EvaluationSet
 from evaluation.measuring import Measures
@@ -154,7 +154,7 @@ def read_results(source: str) -> tuple[dict, dict[str, Tensor]]:
     are none. Raises UserError for anything else."""
     path = Path(source) / RESULTS if Path(source).is_dir() else Path(source)
     try:
-        results = json.loads(read_text(path))
+        results = parse_json(read_text(path))
         for measures in results["tasks"].values():
             assert all(len(values) == len(results["samples"]) for values in measures["values"].values())
     except UserError as error:

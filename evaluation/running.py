@@ -1,7 +1,6 @@
 """An evaluation from its arguments to its files: opens, makes what is missing, measures, writes."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from common import processes
 from common.errors import UserError
 from common.files import write_whole
+from common.text import parse_json
 from config.configuration import Config
 from evaluation.data import (
     PROCEDURAL,
@@ -45,7 +45,7 @@ def load_model(args: argparse.Namespace, cfg: Config, overrides: list[str]) -> t
         own_device = [f"training.device={device}"] if processes.world_size() > 1 else []
         trained = load_checkpoint(folder, [*overrides, *own_device])
         state = folder / STATE_FILE
-        step = json.loads(state.read_text())["global_step"] if state.is_file() else 0
+        step = parse_json(state.read_text())["global_step"] if state.is_file() else 0
     merge_lora(trained.base)
     return trained, folder, step
 

@@ -18,6 +18,7 @@ from transformers import CLIPTokenizer
 
 from common.errors import UserError, reason
 from common.files import content_hash
+from common.text import parse_json
 from lora_utils import ADAPTED, ADAPTER_FILE, LORA_FILE, all_finite, bake_lora, lora_layers, read_tensors
 from models.base import BaseModel
 from models.lora_files import load_lora
@@ -129,7 +130,7 @@ def read_adapter(folder: Path) -> Adapter:
     if not (folder / ADAPTER_FILE).is_file():
         raise UserError(f"no adapter in {folder}: it has no {ADAPTER_FILE}; give a folder that personalise.py wrote")
     try:
-        adapter = Adapter(**json.loads((folder / ADAPTER_FILE).read_text()))
+        adapter = Adapter(**parse_json((folder / ADAPTER_FILE).read_text()))
         if not WORD.fullmatch(adapter.word):
             raise ValueError(f"{adapter.word!r} is no word")
         return adapter

@@ -17,12 +17,14 @@ from torch import nn
 
 from common.errors import UserError, reason
 from common.files import PROJECT_ROOT
+from common.text import parse_json
 from config.configuration import Config, Output, load_config, save_config
 from lora_utils import (
     IMAGE_ENCODER_LORA_FILE,
     LORA_FILE,
     adapted_modules,
     all_finite,
+    load_pickle,
     lora_parameters,
     read_tensors,
     save_lora,
@@ -102,9 +104,9 @@ def saved_states(run_dir: Path) -> dict[Path, dict]:
     states = {}
     for folder in run_dir.glob("step-*"):
         try:
-            state = json.loads((folder / STATE_FILE).read_text())
+            state = parse_json((folder / STATE_FILE).read_text())
             step, written = int(state["global_step"]), float(state.get("written", 0))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             if re.fullmatch(r"step-\d{6,}", folder.name):
                 print(f"warning: {folder} does not say its step ({reason(error)}) and is left alone", file=sys.stderr)
             continue
@@ -152,8 +154,8 @@ def load_state(folder: Path, cfg: Config, task: str) -> dict:
                 key, before, after = f"{key}.{changed[0]}", before[changed[0]], after[changed[0]]
             raise UserError(f"{folder} was trained with {key} {before}, not {after}; resume with the same settings")
     try:
-        state = torch.load(folder / RESUME_FILE, map_location="cpu", weights_only=True)
-        saved_task = json.loads((folder / STATE_FILE).read_text())["task"]
+        state = load_pickle(folder / RESUME_FILE)
+        saved_task = parse_json((folder / STATE_FILE).read_text())["task"]
     except Exception as error:  # pickle, zip and JSON each have their own errors
         raise UserError(f"cannot read {folder} ({reason(error)}); resume from an earlier checkpoint") from error
     if saved_task != task:
@@ -186,8 +188,8 @@ def load_aligner(path: Path, settings, base: BaseModel) -> nn.Module:
     state, metadata = read_tensors(path)
     # No state dict tells its number of heads: ours is in the metadata, and in the first of ours in the configuration
     # alone; None is what the peers' code has.
-    heads = int(metadata.get("heads", settings.heads)) if path.suffix == ".safetensors" else None
     try:
+        heads = int(metadata.get("heads", settings.heads)) if path.suffix == ".safetensors" else None
         aligner = aligner_from_state(state, base.context_tokens, heads)
     except (RuntimeError, AssertionError, ValueError) as error:  # torch's, of shapes and keys
         lines = str(error).strip().splitlines()  # of load_state_dict's, the first is a heading

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from models.base import BaseModel
 
+LONGEST_PROMPT = 10_000  # characters, some 30 pieces: each costs memory in every layer of the UNet
 CLASS_TOKEN_NOTE = (
     "this aligner has no attention; it is taken to read CLIP's class token, not the mean of all tokens, which its file "
     "does not tell apart"
@@ -133,7 +134,12 @@ def encode_prompts(base: BaseModel, prompts: list[str]) -> Tensor:
 
 @torch.no_grad()
 def prompt_pieces(base: BaseModel, prompt: str) -> list[list[int]]:
-    """A prompt's tokens, cut where the text encoder has no more room; one piece, empty, for an empty prompt."""
+    """A prompt's tokens, cut where the text encoder has no more room; one piece, empty, for an empty prompt.
+
+    Raises UserError for a prompt of more than LONGEST_PROMPT characters.
+    """
+    if len(prompt) > LONGEST_PROMPT:
+        raise UserError(f"a prompt of {len(prompt)} characters ({prompt[:40]} ...): give at most {LONGEST_PROMPT}")
     tokens = base.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
     room = base.context_tokens - 2  # for the two markers
     return [tokens[start : start + room] for start in range(0, max(1, len(tokens)), room)]

@@ -11,7 +11,6 @@ diffusers' own conversion drops .dora_scale, loses the attention layers' alphas,
 without a prefix; PEFT puts the layers in and runs them.
 """
 
-import json
 import re
 import sys
 from collections import defaultdict
@@ -23,12 +22,14 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from common.errors import UserError, reason
+from common.text import parse_json
 from lora_utils import (
     ADAPTED,
     CLIP_TARGETS,
     IMAGE_ENCODER_LORA_FILE,
     LORA_FILE,
     all_finite,
+    checked_config,
     diffusers_config,
     lora_parameters,
     make_dora_view_free,
@@ -161,7 +162,7 @@ def _config(file: Path, metadata: dict[str, str]) -> dict:
     if not file.name.startswith("adapter_model") or not config_file.is_file():
         return diffusers_config(metadata, file)
     try:
-        config = json.loads(config_file.read_text())
+        config = checked_config(parse_json(config_file.read_text()))
         kind, init = config.get("peft_type", "LORA"), str(config.get("init_lora_weights")).lower()
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot read {config_file}: {reason(error)}") from None

@@ -27,7 +27,7 @@ from models.diffusion import autocast, encode_posterior, resolve_precision
 from models.generation import conditions_of, finish_texture, generate_guided, joined, shares_of
 from models.interchange import load_any
 from models.settings import MASKED_STRENGTH, GenerationSettings
-from render.projection import Fit, Sighting, blend_in, merge, sight_fit
+from render.projection import Fit, Sighting, aligned, blend_in, merge, sight_fit
 from render.regions import BODY_REGIONS, region_mask
 from render.rigs import load_body
 from render.uv_space import body_pixels, uv_mask
@@ -151,8 +151,9 @@ class TexturePipeline:
     ) -> Image.Image:
         """What pictures of one person show of the texture → size x size RGBA, alpha how sure each texel is.
 
-        sightings: for each picture where it shows the body, of `read_fit`, `read_iuv` or `BodyMap.sight`. Raises
-        UserError when they show next to nothing of it.
+        sightings: for each picture where it shows the body, of `read_fit`, `read_iuv` or `find_body`; a fit that stands
+        a little off is moved to where the picture has an outline. Raises UserError when they show next to nothing of
+        the body.
         """
         settings = self.settings.changed(size=size, relight=relight, mirror_fill=mirror_fill)
         if len(images) != len(sightings):
@@ -162,7 +163,8 @@ class TexturePipeline:
             image = image.convert("RGB")
             if isinstance(sighting, Fit):  # finer pixels than these say nothing more of a texel
                 image.thumbnail((FINEST * settings.size,) * 2, Image.Resampling.LANCZOS)
-                sighting = sight_fit(self.body, sighting, image.height, image.width, settings.size)
+                fit = aligned(self.body, sighting, pixels_from_image(image))
+                sighting = sight_fit(self.body, fit, image.height, image.width, settings.size)
             pixels.append(pixels_from_image(image))
             sighted.append(sighting)
         for number, sighting in enumerate(sighted, 1):

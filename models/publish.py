@@ -6,7 +6,6 @@ python -m models.publish --checkpoint embedded/checkpoint --licence mit --push-t
 """
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from huggingface_hub import ModelCardData
 from common.errors import UserError, exit_on_user_error, reason
 from common.files import check_writable, push_folder, write_whole
 from common.pictures import encode_image
+from common.text import parse_json
 from config.configuration import DEFAULT_CONFIG, load_config
 from lora_utils import IMAGE_ENCODER_LORA_FILE, LORA_FILE
 from models.checkpoints import ALIGNER_FILE, CONFIG_FILE, STATE_FILE, newest_checkpoint
@@ -72,7 +72,7 @@ def read_metrics(path: str | None) -> dict[str, float]:
                 figures[prefix + name] = float(value)
 
     try:
-        flatten(json.loads(Path(path).read_text().strip().splitlines()[-1]), "")
+        flatten(parse_json(Path(path).read_text().strip().splitlines()[-1]), "")
     except (OSError, ValueError, IndexError, AttributeError, TypeError) as error:
         raise UserError(f"cannot read metrics {path} ({reason(error)}); give what evaluate.py printed") from None
     return figures
@@ -82,7 +82,7 @@ def write_card(
     pipeline: TexturePipeline, folder: Path, out: Path, title: str, licence: str, metrics: dict[str, float]
 ) -> None:
     """Writes out/README.md and its pictures; folder: the checkpoint."""
-    cfg, state = pipeline.trained.cfg, json.loads((folder / STATE_FILE).read_text())
+    cfg, state = pipeline.trained.cfg, parse_json((folder / STATE_FILE).read_text())
     prompts = cfg.output.sample_prompts or ["a woman in a red dress"]
     widget, pictures = [], []
     for number, prompt in enumerate(prompts):

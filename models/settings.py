@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from common.errors import UserError, reason
 from common.pictures import encode_image
-from common.text import read_text
+from common.text import parse_json, read_text
 from config.configuration import Inference
 
 # Least and greatest of what a user may ask for.
@@ -106,11 +106,22 @@ def encode_described(texture: Image.Image, description: dict) -> bytes:
 
 
 def read_description(path: Path) -> dict:
-    """What a texture's PNG, or a line of a manifest as a JSON file, says of how it was made."""
+    """What a texture's PNG, or a line of a manifest as a JSON file, says of how it was made. Raises UserError or
+    OSError for what cannot be read, ValueError for what says nothing."""
     if path.suffix.lower() == ".json":
-        return json.loads(read_text(path))
-    with Image.open(path) as image:
-        return json.loads(image.text["parameters"])
+        description = parse_json(read_text(path))
+    else:
+        try:
+            with Image.open(path) as image:
+                text = image.text["parameters"]
+        except (AttributeError, KeyError):
+            raise ValueError("it holds no 'parameters'") from None
+        except (Image.DecompressionBombError, SyntaxError) as error:  # PIL's, of a damaged PNG
+            raise ValueError(reason(error)) from None
+        description = parse_json(text)
+    if not isinstance(description, dict):
+        raise ValueError(f"it holds a {type(description).__name__}")
+    return description
 
 
 def read_settings(path: str | Path) -> dict:
@@ -120,6 +131,9 @@ def read_settings(path: str | Path) -> dict:
         description = read_description(Path(path))
         names = [field.name for field in fields(GenerationSettings)]
         values = {name: description.pop(name) for name in names if name in description or name not in ADDED_LATER}
+        texts = (description.get("checkpoint"), description["prompt"], *description["images"])
+        if not all(text is None or isinstance(text, str) for text in texts) or "\0" in "".join(filter(None, texts)):
+            raise ValueError("its prompt or names of files are no text")
         return {**description, "settings": GenerationSettings(**values)}
     except (UserError, OSError) as error:
         raise UserError(f"--settings {path}: {reason(error)}") from None

@@ -18,6 +18,7 @@ from common.errors import UserError
 from common.text import read_text
 
 EXPECTED = "give an OBJ mesh with UVs (v, vt and f a/b)"
+LARGEST_INDEX = 1 << 31  # of what stands in a mesh, above or below a face
 OVERHANG = 1e-3  # of a UV square, a texel of 1024: rounded or padded UVs may stand out by so much
 
 
@@ -145,6 +146,8 @@ def _corner(field: str, vertex_count: int, uv_count: int) -> tuple[int, int]:
     for index, count in ((int(vertex), vertex_count), (int(uv), uv_count)):
         if index == 0 or index < -count:
             raise ValueError(f"f {field} names what does not stand above it")
+        if index > LARGEST_INDEX:
+            raise ValueError(f"f {field} names what no mesh has")
         indices.append(index - 1 if index > 0 else count + index)
     return tuple(indices)
 

@@ -5,11 +5,12 @@ Each pixel has a part, 1 to 24 (0 beside the body), and a place U, V in 0 to 255
 """
 
 import functools
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.io import loadmat
+from scipy.io import loadmat, whosmat
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from render.rasteriser import interpolate, rasterize_uv
 PARTS = 24
 LEVELS = 256  # of U and V
 SMPL_VERTICES = 6890
+LARGEST_TABLE = 1_000_000  # numbers; the original's largest array has 41,322
 TABLE = "UV_Processed.mat"
 SOURCE = "https://dl.fbaipublicfiles.com/densepose/densepose_uv_data.tar.gz"
 NEEDED = ("All_FaceIndices", "All_Faces", "All_U_norm", "All_V_norm", "All_vertices")
@@ -78,7 +80,10 @@ def chart_places(table: str, body: Body) -> Tensor:
 def _read_table(table: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """parts (F,), triangles (F, 3) into T corners, their uvs (T, 2) in [0, 1] and SMPL vertices (T,)."""
     try:
-        arrays = loadmat(table)
+        sizes = {name: math.prod(shape) for name, shape, _ in whosmat(table, appendmat=False)}  # the headers alone
+        if max(sizes.get(name, 0) for name in NEEDED) > LARGEST_TABLE:
+            raise ValueError(f"it has arrays of more than {LARGEST_TABLE} numbers")
+        arrays = loadmat(table, appendmat=False, variable_names=NEEDED)
         missing = [name for name in NEEDED if name not in arrays]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")

@@ -7,6 +7,7 @@ pixel where on the resting body it lies. Pixels are in [-1, 1], pictures (3, H, 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt
 from scipy.spatial import cKDTree
@@ -33,6 +34,12 @@ MIRROR_SHARE = 0.999  # of a weight that a mirrored texel keeps: what is seen it
 CARRIED = 0.04  # metres on the body: so far from what is seen, the rest takes most of its correction
 TURN = 0.03  # metres on the body, that a turn of the normal by a radian counts for
 CARRIERS = 8  # seen texels that correct an unseen one
+OUTLINE_SIDE = 256  # pixels of the picture's longer side, in which an outline is looked for
+LEAST_OUTLINE = 60  # pixels of it
+LEAST_CHANGE, MOST_CHANGE = 0.15, 1.0  # of a colour in [-1, 1] across an outline: to be one, and that counts
+BETTER = 1.1  # times the change across a fit's own outline, for which it is moved
+OFF = 0.03  # of a picture's height, by which the outline of a fit may be off
+ALIKE = 0.25  # between two colours in [-1, 1]: these may be one surface
 CLIPPED = 254 / 255  # colours from here on may have been brighter
 
 
@@ -72,6 +79,49 @@ class Sighting:
     def lit(self, light: Tensor) -> "Sighting":
         """The same in a light (K, 3)."""
         return replace(self, light=light)
+
+
+def aligned(body: Body, fit: Fit, picture: Tensor) -> Fit:
+    """The fit, moved and zoomed across the picture (3, H, W) so that its outline lies where colours change.
+
+    A fit that lies there already, or finds no clearly better place nearby, stays as it is: to the bit.
+    """
+    height, width = (round(side * OUTLINE_SIDE / max(picture.shape[1:])) for side in picture.shape[1:])
+    small = F.interpolate(picture[None], size=(height, width), mode="bilinear", antialias=True)
+    mask = rasterize(fit.vertices, body.faces, fit.cameras, height, width).mask.float()[None]
+    down, across = torch.gradient(F.avg_pool2d(mask, 5, 1, 2)[0, 0])
+    inner = (mask[0, 0] > 0) & (F.max_pool2d(1 - mask, 3, 1, 1)[0, 0] > 0)
+    row, column = inner.nonzero(as_tuple=True)
+    if len(row) < LEAST_OUTLINE:
+        return fit
+    outward = -F.normalize(torch.stack([across[row, column], down[row, column]], dim=1), dim=1) * 2  # pixels
+    middle, size = torch.tensor([width / 2, height / 2]), torch.tensor([width, height])
+    outline = torch.stack([column, row], dim=1) + 0.5 - middle
+
+    def contrast(moves: Tensor) -> Tensor:
+        """moves: (M, 3) of zoom - 1 and pixels right and down → how much colours change across the outline, (M,)."""
+        places = outline * (1 + moves[:, None, :1]) + moves[:, None, 1:] + middle
+        sides = [
+            F.grid_sample(small, ((places + offset) * 2 / size - 1)[None], padding_mode="border", align_corners=False)
+            for offset in (outward, -outward)
+        ]
+        change = (sides[0] - sides[1])[0].norm(dim=0).clamp(max=MOST_CHANGE)  # (M, outline)
+        is_inside = ((places > 2) & (places < size - 2)).all(-1)
+        return (change * is_inside).sum(1) / is_inside.sum(1).clamp(min=LEAST_OUTLINE)
+
+    best = torch.zeros(1, 3)
+    as_told = contrast(best)[0]
+    for reach, zoom, steps in ((0.06 * height, 0.06, 13), (0.01 * height, 0.01, 7), (0.003 * height, 0.004, 5)):
+        shifts, zooms = torch.linspace(-reach, reach, steps), torch.linspace(-zoom, zoom, min(steps, 7))
+        moves = best + torch.cartesian_prod(zooms, shifts, shifts)
+        best = moves[contrast(moves).argmax()][None]
+    if contrast(best)[0] < max(BETTER * as_told, LEAST_CHANGE):
+        return fit
+    zoom, *shift = best[0].tolist()
+    focal = fit.cameras.focal * (1 + zoom)
+    depth = (fit.vertices @ fit.cameras.rotation[0].T + fit.cameras.translation[0])[:, 2].mean()
+    metres = torch.tensor([*shift, 0.0]) * depth / (focal * height)
+    return replace(fit, cameras=Cameras(fit.cameras.rotation, fit.cameras.translation + metres, focal))
 
 
 def sight_fit(body: Body, fit: Fit, height: int, width: int, size: int) -> Sighting:
@@ -166,10 +216,31 @@ def sight_map(body: Body, positions: Tensor, is_body: Tensor, size: int) -> Sigh
     return sighting.take(weight > 0)
 
 
+def looks_like_background(picture: Tensor, is_body: Tensor) -> Tensor:
+    """Pixels (H, W) near the body's outline that are of the colour beside it and not of the colour within, as where a
+    fit stands a little off. picture: (3, H, W) in [-1, 1]; is_body: (H, W) bool, by the fit."""
+    band = max(2.0, OFF * len(is_body))
+    depth = distance_transform_edt(np.pad(is_body.numpy(), 1, mode="edge"))[1:-1, 1:-1]
+    within, beside = depth > band, distance_transform_edt(~is_body.numpy()) > band
+    if not within.any() or not beside.any():
+        return torch.zeros_like(is_body)
+
+    def unlike(places: np.ndarray) -> Tensor:
+        """How far each pixel's colour is from that of the nearest of these places."""
+        row, column = distance_transform_edt(~places, return_distances=False, return_indices=True)
+        return (picture - smooth[:, torch.from_numpy(row).long(), torch.from_numpy(column).long()]).norm(dim=0)
+
+    smooth = F.avg_pool2d(picture, 5, stride=1, padding=2, count_include_pad=False)
+    near = is_body & torch.from_numpy(depth <= band)
+    as_beside, as_within = unlike(beside), unlike(within)
+    return near & (as_beside < ALIKE) & (as_beside < 0.5 * as_within)
+
+
 def read_colours(picture: Tensor, sighting: Sighting) -> Tensor:
     """picture: (3, H, W) → the texels' colours (K, 3): bilinear, from pure pixels alone, and where pixels are finer
     than texels from the mean of those that a texel covers; NaN where no pixel is pure."""
-    x, y, is_pure = sighting.x, sighting.y, sighting.is_pure[None].float()
+    x, y = sighting.x, sighting.y
+    is_pure = (sighting.is_pure & ~looks_like_background(picture, sighting.is_pure))[None].float()
     beside = (sighting.texel.diff() == 1).nonzero()[:, 0]
     step = torch.hypot(x.diff()[beside], y.diff()[beside])
     coarser = max(1, int(step.median())) if len(step) else 1

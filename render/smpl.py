@@ -3,13 +3,18 @@
 SMPL: Loper et al. 2015. SMPL+H: Romero et al. 2017. SMPL-X: Pavlakos et al. 2019. AMASS: Mahmood et al. 2019.
 """
 
+import collections
+import copyreg
 import functools
 import io
+import itertools
+import math
 import pickle
 import re
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,20 +29,30 @@ NEEDED = ("v_template", "f", "weights", "shapedirs", "posedirs", "J_regressor", 
 EXTRA = ("hands_meanl", "hands_meanr", "joint2num")
 GENDERS = ("neutral", "female", "male")
 JOINT_COUNTS = {"smpl": 24, "smplh": 52, "smplx": 55}
-# What a pickle may name of the standard library; arrays and matrices of all kinds become placeholders.
-ALLOWED = {
-    ("_codecs", "encode"),
-    ("copy_reg", "_reconstructor"),
-    ("copyreg", "_reconstructor"),
-    ("__builtin__", "bytes"),
-    ("builtins", "bytes"),
-    ("__builtin__", "object"),
-    ("builtins", "object"),
-    ("collections", "OrderedDict"),
-}
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+LARGEST_ARRAYS = 1 << 30  # bytes of one file: SMPL-X's largest has 0.3 GB, AMASS' longest motions less
+MOST_DICTIONARIES = 10_000  # in each other; fits have a few
 POSE_COLUMNS = (72, 156, 165)  # of AMASS, see read_amass
 FRAMES_PER_SECOND = 2  # of a motion: nearer frames are near-copies
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """Stands for _codecs.encode, which has encodings that look for a module, and some that compress."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes in {encoding}")
+    return text.encode("latin1")
+
+
+def _no_bytes() -> bytes:
+    """Stands for bytes, which pickles call for empty ones alone; of a number it makes so many."""
+    return b""
+
+
+# What a pickle may name of the standard library; arrays and matrices of all kinds become placeholders.
+ALLOWED = {("_codecs", "encode"): _encode, ("collections", "OrderedDict"): collections.OrderedDict}
+for _builtins, _registry in (("__builtin__", "copy_reg"), ("builtins", "copyreg")):  # in Python 2, and since
+    ALLOWED[_builtins, "bytes"], ALLOWED[_builtins, "object"] = _no_bytes, object
+    ALLOWED[_registry, "_reconstructor"] = copyreg._reconstructor
 
 
 class ArrayType:
@@ -151,22 +166,6 @@ def _not_negative(index: np.ndarray) -> np.ndarray:
 SPARSE = {"csc_matrix": SparseArray, "csr_matrix": SparseRows, "coo_matrix": SparsePlaces}
 
 
-class ArraysOnly(pickle.Unpickler):
-    """Unpickles arrays and containers; whatever else a file names is refused and not run."""
-
-    def find_class(self, module, name):
-        if module.split(".")[0] == "chumpy":
-            return ChumpyArray
-        if module.startswith("scipy.sparse") and name in SPARSE:
-            return SPARSE[name]
-        if (module, name) in NUMPY:
-            return NUMPY[module, name]
-        if (module, name) in ALLOWED:
-            module = module.replace("copy_reg", "copyreg").replace("__builtin__", "builtins")
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no body model needs")
-
-
 class JoblibArray:
     """Stands for joblib's wrapper of an array, whose values follow it in the file."""
 
@@ -183,17 +182,29 @@ class JoblibArray:
         return _numbers(file.read(size), self.array_type).reshape(self.shape, order=self.order)
 
 
-class JoblibArraysOnly(pickle._Unpickler):
-    """The same of what `joblib.dump` wrote, uncompressed. In Python: C's unpickler does not say where it is."""
+class ArraysOnly(pickle._Unpickler):
+    """Unpickles arrays and containers; whatever else a file names is refused and not run.
+
+    In Python: C's keeps room for as many objects as a file says that it remembers, and does not say where it is in it,
+    which the arrays that `joblib.dump` wrote beside its pickle, uncompressed, need.
+    """
 
     def __init__(self, file):
         super().__init__(file, encoding="latin1")
-        self.file, self.classes = file, ArraysOnly(file)
+        self.file = file
 
     def find_class(self, module, name):
         if (module, name) == ("joblib.numpy_pickle", "NumpyArrayWrapper"):
             return JoblibArray
-        return self.classes.find_class(module, name)
+        if module.split(".")[0] == "chumpy":
+            return ChumpyArray
+        if module.startswith("scipy.sparse") and name in SPARSE:
+            return SPARSE[name]
+        if (module, name) in NUMPY:
+            return NUMPY[module, name]
+        if (module, name) in ALLOWED:
+            return ALLOWED[module, name]
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no body model needs")
 
     def load_build(self):
         super().load_build()
@@ -203,35 +214,45 @@ class JoblibArraysOnly(pickle._Unpickler):
     dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
 
 
-def _unpickler(file) -> pickle.Unpickler | pickle._Unpickler:
-    start = file.read(1 << 16)
-    file.seek(0)
-    return JoblibArraysOnly(file) if b"NumpyArrayWrapper" in start else ArraysOnly(file, encoding="latin1")
-
-
-def _plain(value):
-    """A numpy array for what stands for one."""
+def _plain(value, counter: Iterator[int] | None = None):
+    """A numpy array for what stands for one. counter: of the dictionaries that are met, each as often as it is named,
+    which in a small file can be for ever. Raises UnpicklingError for more than MOST_DICTIONARIES."""
     if isinstance(value, Array | ChumpyArray | SparseArray):
         return value.data
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    counter = counter or itertools.count(1)
+    if next(counter) > MOST_DICTIONARIES:
+        raise pickle.UnpicklingError(f"more than {MOST_DICTIONARIES} dictionaries in each other")
+    return {key: _plain(item, counter) for key, item in value.items()}
+
+
+def _check_unpacked_size(archive: zipfile.ZipFile) -> None:
+    """Raises ValueError for more than LARGEST_ARRAYS; zipfile reads no more of an entry than its size says."""
+    size = sum(entry.file_size for entry in archive.infolist())
+    if size > LARGEST_ARRAYS:
+        raise ValueError(f"it unpacks to {size / 1e9:.1f} GB, more than {LARGEST_ARRAYS / 1e9:.1f}")
 
 
 def read_arrays(path: Path) -> dict:
     """The arrays of a .npz or .pkl file. Raises UserError; runs nothing."""
     try:
         if path.suffix == ".pkl":
-            with open(path, "rb") as file:
-                loaded = _unpickler(file).load()
+            # From memory: a file that claims to go on is cut at its end, and no room is made for what it claims.
+            loaded = ArraysOnly(io.BytesIO(path.read_bytes())).load()
             if not isinstance(loaded, dict):
                 raise pickle.UnpicklingError(f"it holds a {type(loaded).__name__}, not a dictionary of arrays")
             return _plain(loaded)
         arrays = {}
         with zipfile.ZipFile(path) as archive:
+            _check_unpacked_size(archive)
             for name in archive.namelist():
                 data = io.BytesIO(archive.read(name))
-                _, dtype = _read_header(data)
+                shape, dtype = _read_header(data)
+                if not dtype.hasobject and math.prod(shape) * dtype.itemsize > len(data.getvalue()) - data.tell():
+                    raise ValueError(f"{name} claims more numbers than it holds")
                 if dtype.hasobject:  # a pickle inside
-                    value = _plain(ArraysOnly(data, encoding="latin1").load())
+                    value = _plain(ArraysOnly(data).load())
                 else:
                     data.seek(0)
                     value = np.lib.format.read_array(data, allow_pickle=False)
@@ -254,6 +275,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         shapes = {}
         with zipfile.ZipFile(path) as archive:
+            _check_unpacked_size(archive)
             for name in archive.namelist():
                 with archive.open(name) as data:
                     shapes[name.removesuffix(".npy")], _ = _read_header(data)

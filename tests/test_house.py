@@ -19,7 +19,9 @@ FLOORS = (
     {"benchmarks", "assets", "examples", "tests"},
 )
 COMMANDS = {"atlas_dataset/build_atlas_large.py", "render/render_turntable.py", "models/publish.py"}
-ROOT_FILES = {"joint.py", "t2uv.py", "i2uv.py", "infer_uv.py", "evaluate.py", "lora_utils.py", "personalise.py"}
+ROOT_FILES = {
+    "joint.py", "t2uv.py", "i2uv.py", "infer_uv.py", "studio.py", "evaluate.py", "lora_utils.py", "personalise.py",
+}  # fmt: skip
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -110,3 +112,10 @@ def test_the_tour_names_what_is_there():
                 assert re.search(rf"^ *(def|class) {name}\b|^{name} = ", source, re.M), f"{file} has no {name}"
                 checked += 1
     assert checked > 40
+
+
+def test_the_guarantees_name_tests_that_are_there():
+    names = re.findall(r"`([\w/]+\.py)::(test_\w+)`", (PROJECT_ROOT / "docs" / "guarantees.md").read_text())
+    assert len(names) > 20
+    for file, name in names:
+        assert f"\ndef {name}(" in (PROJECT_ROOT / "tests" / file).read_text(), f"{file}::{name}"

@@ -24,6 +24,7 @@ from common.progress import progress
 from config.configuration import Config, dump_config
 from models.checkpoints import drop_old_checkpoints, load_state, newest_state, save_checkpoint
 from models.diffusion import autocast
+from training.evaluating import evaluation_figures
 from training.monitoring import RunLog, estimate, report, sample_grid
 from training.objective import RowDraws, batch_losses, row_generator, validation_losses
 from training.personal import adapter_of
@@ -115,8 +116,6 @@ def train(
 
 def evaluate(run: Run, log: RunLog, global_step: int) -> None:
     """The small fixed evaluation of the weights to keep, into TensorBoard and onto the terminal, with its cost."""
-    from training.evaluating import evaluation_figures  # its libraries take seconds that other runs need not wait for
-
     began = time.perf_counter()
     with log.paused(), run.averaged(), run.evaluating():
         figures = evaluation_figures(run)

@@ -7,6 +7,7 @@ score: the step with the highest is kept, and where it rises no more, training e
 
 import itertools
 import json
+import math
 import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -186,13 +187,15 @@ def make_lessons(cfg: Config, base: BaseModel, body: Body, resolution: int) -> L
 
 @dataclass
 class Measure:
+    """identity, prior: exp(-distance), 1 is none; so the highest score is where the sum of both distances is least."""
+
     step: int
     identity: float
     prior: float
 
     @property
     def score(self) -> float:
-        return max(0.0, self.identity) * max(0.0, self.prior)
+        return self.identity * self.prior
 
 
 @dataclass
@@ -249,14 +252,15 @@ class Watch:
 
     @torch.no_grad()
     def measure(self, step: int) -> Measure:
-        """The model as it stands. With three or more examples the measured one is that which the turn before the step
-        held out (`ATLASLarge.hold_out_in_turn`)."""
+        """The model as it stands: how far the word is from an example, in units of the class's own distance to it, and
+        how far the class has moved, in units of the distance between two of its textures. With three or more examples
+        the measured one is that which the turn before the step held out (`ATLASLarge.hold_out_in_turn`)."""
         personal = self.trained.cfg.personal
         example = ((step - 1) // personal.measure_every) % len(self.examples)
         named, of_class = self.textures([self.prompts[example], personal.class_prompt]).chunk(2)
         near = self.distance_to(example, named) / self.base_distance[example]
         moved = sum(map(distance, self.looks(of_class), self.base_looks)) / len(of_class) / self.spread
-        measure = Measure(step, 1 - near, 1 - moved)
+        measure = Measure(step, math.exp(-near), math.exp(-moved))
         self.measures.append(measure)
         return measure
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from common.errors import UserError, exit_on_user_error
+from common.errors import UserError, exit_on_user_error, reason
 from common.files import check_writable, write_whole
 from embedded.pretrain.autoencoder import train_autoencoder
 from embedded.pretrain.body_map import train_body_map
@@ -108,7 +108,10 @@ def parse_args() -> argparse.Namespace:
 def main():
     args = parse_args()
     with exit_on_user_error():
-        device = torch.device(args.device)
+        try:
+            device = torch.device(args.device)
+        except RuntimeError as error:
+            raise UserError(f"--device {args.device}: {reason(error)}") from None
         precision = resolve_precision(args.mixed_precision, device)
         run = Run(args.out, args.work, args.renders, args.outfits, device, precision, args.batch_scale)
         for name in [args.stage] if args.stage else STAGES:

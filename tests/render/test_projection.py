@@ -19,10 +19,10 @@ from common.errors import UserError
 from common.pictures import image_from_pixels, pixels_from_image
 from config.configuration import Render
 from render.bodies import Body
-from render.cameras import orbit_cameras
+from render.cameras import Cameras, orbit_cameras
 from render.densepose import PARTS, SMPL_VERTICES, chart_places, read_iuv
 from render.lights import Lights, ambient_light
-from render.projection import Fit, blend_in, estimate_light, merge, sight_fit, sight_map
+from render.projection import Fit, aligned, blend_in, estimate_light, looks_like_background, merge, sight_fit, sight_map
 from render.rasteriser import interpolate, rasterize, rasterize_uv
 from render.rigs import load_rig
 from render.shading import render_views
@@ -89,6 +89,34 @@ def test_neither_background_nor_limbs_behind_bleed_in(anny):
         red, green, _ = colours
         assert (green - torch.maximum(red, colours[2]))[seen].max() < 0.1, "the background bled in"
         assert (red - green)[seen & far].max() < 0.1, "an arm bled onto what is behind it"
+
+
+def test_a_camera_that_is_off_is_moved_to_the_outline_and_no_other(anny):
+    rig, _, vertices = anny
+    texture = checker(SIDE, 6)
+    picture, fit = shot(rig.body, vertices, texture, height=384, width=288, background=(0.9, 0.9, 0.9))
+    assert aligned(rig.body, fit, picture) is fit
+    assert aligned(rig.body, fit, torch.zeros_like(picture)) is fit, "nothing to go by"
+    shift = torch.tensor([[0.05, -0.04, 0.0]])  # metres
+    off = Fit(
+        vertices, Cameras(fit.cameras.rotation, fit.cameras.translation + shift, fit.cameras.focal * 1.03), fit.lights
+    )
+    scores = []
+    for tried in (off, aligned(rig.body, off, picture)):
+        colours, sure = merge(rig.body, [picture], [sight_fit(rig.body, tried, 384, 288, SIDE)])
+        scores.append(psnr(colours, texture, sure == 1))
+    assert scores[1] > scores[0] + 6 and scores[1] > 20
+
+
+def test_what_is_of_the_backgrounds_colour_near_the_outline_is_no_body():
+    """A fit five pixels too far to the right, on a red body before green."""
+    picture = torch.tensor([-0.8, 0.8, -0.8])[:, None, None].repeat(1, 200, 150)
+    picture[:, 20:180, 40:100] = torch.tensor([0.8, -0.8, -0.8])[:, None, None]
+    is_body = torch.zeros(200, 150, dtype=torch.bool)
+    is_body[20:180, 45:105] = True
+    dropped = looks_like_background(picture, is_body)
+    assert dropped[30:170, 101:105].all() and not dropped[:, :99].any()
+    assert not looks_like_background(torch.zeros(3, 200, 150), is_body).any(), "a body of its background's colour"
 
 
 def test_known_light_is_divided_out_and_unknown_light_estimated(anny):

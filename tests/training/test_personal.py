@@ -206,6 +206,16 @@ def test_going_on_is_as_if_it_had_never_stopped(config, tmp_path):
             assert torch.equal(value, expected[path.name][key]), key
 
 
+def test_before_training_the_class_has_not_moved_and_the_word_is_as_far_as_it(config):
+    run = set_up(config(), "personal")
+    measure = run.watch.measure(2)
+    assert measure.prior == pytest.approx(1, abs=1e-6) and measure.identity == pytest.approx(np.exp(-1), abs=0.01)
+    with torch.no_grad():
+        for parameter in run.parameters[:-1]:
+            parameter.normal_(std=0.3)
+    assert run.watch.measure(2).prior < 1 and not run.watch.is_over
+
+
 def plant(monkeypatch, scores: list[float]) -> None:
     """Measures as if a run had these scores."""
     planted = iter(scores)

@@ -1,0 +1,387 @@
+"""The studio over the tiny base: what it makes, what it refuses, whose textures are whose; and in a real browser."""
+
+import contextlib
+import http.client
+import io
+import json
+import shutil
+import socket
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trimesh
+from PIL import Image
+
+import infer_uv
+import studio as studio_command
+from common.errors import UserError
+from common.files import PROJECT_ROOT
+from studio import LARGEST_UPLOAD, Order, Server, Studio
+
+AXE = PROJECT_ROOT / "tests" / "node_modules" / "axe-core" / "axe.min.js"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SIZE = 128  # texels of a texture's side
+LONGEST = 120  # seconds that anything here may take
+
+
+@pytest.fixture()
+def studio(checkpoint, tmp_path):
+    args, _ = infer_uv.parse_args(["--checkpoint", str(checkpoint)])
+    pipeline = infer_uv.load_pipeline(args, [])
+    pipeline.settings = pipeline.settings.changed(size=SIZE)
+    studio = Studio(pipeline, args, [], tmp_path / "out")
+    yield studio
+    studio.close()
+
+
+@pytest.fixture()
+def server(studio):
+    server = Server("127.0.0.1", 0, studio)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture()
+def visitor(studio):
+    return studio.admit()[1]
+
+
+def finished(studio, visitor, **order):
+    """The ids of an order's textures."""
+    earlier = set(visitor.results)
+    task = studio.start(visitor, Order(**order))
+    wait_for(lambda: task not in studio.queue)
+    assert task.state == "done", task.message
+    return [key for key in visitor.results if key not in earlier]
+
+
+def wait_for(condition):
+    end = time.monotonic() + LONGEST
+    while not condition():
+        assert time.monotonic() < end, "nothing came"
+        time.sleep(0.02)
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def ask(server, method: str, path: str, body: bytes | None = None, token: str = "", **headers: str):
+    """A request as it stands, its path not tidied → (status, headers, contents)."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=LONGEST)
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    if token:
+        named["Cookie"] = f"studio-{server.server_port}={token}"
+    try:
+        connection.putrequest(method, path, skip_host="Host" in named)
+        for name, value in ({"Content-Length": str(len(body or b""))} | named).items():
+            connection.putheader(name, value)
+        connection.endheaders(body)
+        answer = connection.getresponse()
+        return answer.status, dict(answer.getheaders()), answer.read()
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("given", [("text",), ("picture",), ("text", "picture")], ids=" and ".join)
+def test_a_texture_and_its_settings_repeat_it_to_the_bit(given, studio, visitor, textures, tmp_path, run_script):
+    order = {"seed": 5}
+    if "text" in given:
+        order |= {"prompt": "a man in red", "guidance_scale": 3.0, "steps": 3}
+    if "picture" in given:
+        order["pictures"] = [studio.add_picture(visitor, (textures / "2.png").read_bytes(), "2.png")["id"]]
+        order["img_weight"] = 0.7
+    (key,) = finished(studio, visitor, **order)
+    _, picture = studio.file(visitor, key, "png", "rest")
+    name, settings = studio.file(visitor, key, "json", "rest")
+    assert json.loads(settings) == studio.description(visitor, key)
+    (tmp_path / name).write_bytes(settings)
+    again = tmp_path / "again.png"
+    status, _, error = run_script(infer_uv.main, "--settings", tmp_path / name, "--out", again)
+    assert status == 0, error
+    assert np.array_equal(pixels(again.read_bytes()), pixels(picture)) and pixels(picture).shape == (SIZE, SIZE, 4)
+    told = json.loads(settings)
+    assert told["seed"] == 5 and (told["prompt"] is None) == ("text" not in given)
+
+
+def test_several_textures_have_the_next_seeds_and_none_is_overwritten(studio, visitor):
+    first = finished(studio, visitor, prompt="a man", seed=7, number=2)
+    second = finished(studio, visitor, prompt="a man", seed=7, steps=3)
+    told = [studio.description(visitor, key) for key in (*first, *second)]
+    assert [each["seed"] for each in told] == [7, 8, 7]
+    assert [each["num_inference_steps"] for each in told] == [2, 2, 3]
+    assert len({visitor.results[key].job.path for key in (*first, *second)}) == 3
+
+
+def test_cancel_stops_within_a_step_and_the_next_order_runs(studio, visitor, monkeypatch):
+    make_batch, begun = infer_uv.make_batch, []
+
+    def cancelling(*arguments):
+        *others, on_step = arguments
+
+        def cancel_in_the_second():
+            begun.append(1)
+            if len(begun) == 2:
+                studio.cancel(visitor)
+            on_step()
+
+        return make_batch(*others, cancel_in_the_second)
+
+    monkeypatch.setattr(infer_uv, "make_batch", cancelling)
+    task = studio.start(visitor, Order(prompt="a man", steps=50, number=3))
+    wait_for(lambda: task not in studio.queue)
+    assert task.state == "cancelled" and len(begun) == 2 and not visitor.results
+    assert not list(visitor.folder.rglob("*.png"))
+    finished(studio, visitor, prompt="a man")
+
+
+def test_a_region_is_made_anew_and_nothing_else(studio, visitor):
+    (first,) = finished(studio, visitor, prompt="a man in red")
+    (second,) = finished(studio, visitor, prompt="a man in blue", seed=3, edited=first, region="feet")
+    before, after = (pixels(studio.file(visitor, key, "png", "rest")[1]) for key in (first, second))
+    changed = (before != after).any(2)
+    anew = studio.pipeline.mask("feet", SIZE).numpy() > 0
+    assert changed.any() and not changed[~anew].any()
+    assert studio.description(visitor, second)["mask"] == "feet"
+    with pytest.raises(UserError, match="no texels for the region 'face'"):  # the body is a box
+        studio.start(visitor, Order(prompt="a man", edited=first, region="face"))
+
+
+def test_each_download_is_what_it_says(studio, visitor, tmp_path):
+    (key,) = finished(studio, visitor, prompt="a man in red")
+    texture = pixels(studio.file(visitor, key, "png", "rest")[1])
+    name, data = studio.file(visitor, key, "glb", "rest")
+    (body,) = trimesh.load(io.BytesIO(data), file_type="glb").geometry.values()
+    assert name.endswith(".glb") and len(body.faces) == 12
+    worn, inside = np.asarray(body.visual.material.baseColorTexture)[..., :3], texture[..., 3] == 255
+    assert np.array_equal(worn[inside], texture[..., :3][inside])
+    _, data = studio.file(visitor, key, "obj", "rest")
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        archive.extractall(tmp_path)
+        assert sorted(Path(file).suffix for file in archive.namelist()) == [".mtl", ".obj", ".png"]
+        (obj,) = (tmp_path / file for file in archive.namelist() if file.endswith(".obj"))
+    assert len(trimesh.load(obj, process=False).faces) == 12
+    _, data = studio.file(visitor, key, "usdz", "rest")
+    assert zipfile.ZipFile(io.BytesIO(data)).testzip() is None
+    with Image.open(io.BytesIO(studio.file(visitor, key, "gif", "rest")[1])) as turntable:
+        assert turntable.n_frames == 36
+    for wrong in (("exe", "rest"), ("glb", "sitting")):
+        with pytest.raises(UserError, match="there is no"):
+            studio.file(visitor, key, *wrong)
+    assert len(list(visitor.folder.rglob("*.*"))) == 2  # the texture and the manifest: exports leave nothing
+
+
+@pytest.mark.parametrize("order", [
+    {}, {"prompt": " "}, {"prompt": "a", "region": "feet"}, {"prompt": "a", "edited": "nothing"},
+    {"pictures": ["../../etc/passwd"]}, {"prompt": "a", "steps": 2000},
+])  # fmt: skip
+def test_orders_that_do_not_fit_are_refused(order, studio, visitor):
+    with pytest.raises(ValueError):  # a UserError, or pydantic's
+        studio.start(visitor, Order(**order))
+    assert not studio.queue and visitor.task is None
+
+
+def test_a_second_order_waits_for_the_first(studio, visitor, monkeypatch):
+    go = threading.Event()
+    make_batch = infer_uv.make_batch
+    monkeypatch.setattr(infer_uv, "make_batch", lambda *given: go.wait(LONGEST) and make_batch(*given))
+    other = studio.admit()[1]
+    tasks = [studio.start(visitor, Order(prompt="a man")), studio.start(other, Order(prompt="a woman"))]
+    wait_for(lambda: tasks[0].state == "running")
+    assert studio.state(other)["task"]["ahead"] == 1 and tasks[1].state == "waiting"
+    with pytest.raises(UserError, match="still being made"):
+        studio.start(visitor, Order(prompt="a man"))
+    monkeypatch.setattr(studio_command, "MOST_WAITING", 2)
+    with pytest.raises(UserError, match="too many are waiting"):
+        studio.start(studio.admit()[1], Order(prompt="a man"))
+    go.set()
+    wait_for(lambda: not studio.queue)
+    assert [task.state for task in tasks] == ["done", "done"]
+    (mine,), (theirs,) = visitor.results, other.results
+    assert studio.description(visitor, mine)["prompt"] == "a man"
+    assert studio.description(other, theirs)["prompt"] == "a woman"
+
+
+def test_two_visitors_see_nothing_of_each_other(studio, server, textures):
+    (token, mine), (other_token, other) = studio.admit(), studio.admit()
+    (key,) = finished(studio, mine, prompt="a man")
+    picture = studio.add_picture(mine, (textures / "2.png").read_bytes(), "2.png")["id"]
+    assert ask(server, "GET", f"/api/results/{key}/png", token=token)[0] == 200
+    for path in (f"/api/results/{key}/png", f"/api/results/{key}/json"):
+        assert ask(server, "GET", path, token=other_token)[0] == 400
+        assert ask(server, "GET", path)[0] == ask(server, "GET", path, token="guessed")[0] == 403
+    assert ask(server, "DELETE", f"/api/pictures/{picture}", token=other_token)[0] == 400
+    assert json.loads(ask(server, "GET", "/api/state", token=other_token)[2]) == {"task": None, "results": []}
+    with pytest.raises(UserError, match="this picture is not there"):
+        studio.start(other, Order(pictures=[picture]))
+    assert mine.pictures and not other.results
+
+
+def test_nothing_but_the_page_and_ones_own_textures_is_read(studio, server):
+    token, visitor = studio.admit()
+    (key,) = finished(studio, visitor, prompt="a man")
+    manifest = next(visitor.folder.rglob("manifest.jsonl")).relative_to(studio.out)
+    paths = [
+        "/../studio.py", "/studio.py", "/assets/studio/index.html", "/%2e%2e/studio.py", "/..%2fstudio.py",
+        "//etc/passwd", "/etc/passwd", "/static/../../README.md", "/index.html/../../../README.md",
+        f"/{manifest}", f"/out/{manifest}", f"/api/results/{key}/../../../{manifest}",
+        f"/api/results/{key}/manifest.jsonl",
+        f"/api/results/{key}/..%2fmanifest.jsonl", "/api/results/..%2f..%2fREADME.md/png", "/api/results/../png",
+        f"/api/results/{key}/png/x", "/api/results", "/api/pictures", "/api/", "/api",
+    ]  # fmt: skip
+    for path in paths:
+        status, _, contents = ask(server, "GET", path, token=token)
+        assert status in (400, 404) and set(json.loads(contents)) == {"error"}, path
+    poses = ask(server, "GET", f"/api/results/{key}/glb?pose=../../x", token=token)
+    assert poses[0] == 400
+
+
+def test_uploads_are_checked_by_content_and_size(studio, server, visitor):
+    token, visitor = studio.admit()
+    wide = io.BytesIO()
+    Image.new("1", (8000, 7000)).save(wide, "PNG")  # a few kilobytes that are 56 megapixels
+    for data in (b"<svg onload='alert(1)'/>", b"", b"\x89PNG\r\n\x1a\n" + b"0" * 99, wide.getvalue()):
+        status, _, contents = ask(server, "POST", "/api/pictures", data, token)
+        assert status == 400 and json.loads(contents)["error"].startswith("cannot read picture"), data[:20]
+    assert "pixels are more than" in json.loads(contents)["error"]
+    status, _, _ = ask(server, "POST", "/api/pictures", b"", token, Content_Length=str(LARGEST_UPLOAD + 1))
+    assert status == 413
+    status, _, _ = ask(server, "POST", "/api/pictures", b"", token, Content_Length="-1")
+    assert status == 411
+    assert not visitor.pictures and not visitor.folder.exists()
+
+
+def test_an_upload_keeps_its_pixels_alone(studio, visitor, tmp_path):
+    tags = Image.Exif()
+    tags[0x010E] = "where I live"
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.jpg", exif=tags)
+    kept = visitor.pictures[studio.add_picture(visitor, (tmp_path / "photo.jpg").read_bytes(), "photo.jpg")["id"]]
+    assert b"where I live" not in kept.read_bytes()
+    assert np.array_equal(pixels(kept.read_bytes()), np.asarray(Image.open(tmp_path / "photo.jpg")))
+
+
+def test_uploads_that_nothing_was_made_from_are_removed(studio, textures):
+    visitor, idle = studio.admit()[1], studio.admit()[1]
+    data = (textures / "2.png").read_bytes()
+    used, unused, removed = (studio.add_picture(visitor, data, "2.png")["id"] for _ in range(3))
+    studio.add_picture(idle, data, "2.png")
+    paths = {key: visitor.pictures[key] for key in (used, unused, removed)}
+    finished(studio, visitor, pictures=[used])
+    studio.remove_picture(visitor, removed)
+    assert not paths[removed].exists() and paths[unused].exists()
+    studio.close()
+    assert paths[used].exists() and not paths[unused].exists() and not idle.folder.exists()
+
+
+def test_other_sites_are_refused(studio, server):
+    token, _ = studio.admit()
+    order = json.dumps({"prompt": "a man"}).encode()
+    assert ask(server, "GET", "/", Host="evil.example")[0] == 403  # a name that was pointed here
+    assert ask(server, "POST", "/api/textures", order, token, Origin="http://evil.example")[0] == 403
+    assert not studio.queue and studio_command.is_loopback(server.server_address[0])
+    status, headers, _ = ask(server, "GET", "/")
+    assert status == 200 and "default-src 'none'" in headers["Content-Security-Policy"]
+    assert "HttpOnly" in headers["Set-Cookie"] and "SameSite=Strict" in headers["Set-Cookie"]
+    status, _, contents = ask(server, "POST", "/api/textures", b'{"prompt": "a", "steps": 0}', token)
+    assert status == 400 and json.loads(contents)["error"].startswith("steps: ")
+
+
+def test_a_port_that_is_taken_is_one_line(studio):
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"cannot open 127.0.0.1:{port}"):
+            Server("127.0.0.1", port, studio)
+
+
+@pytest.fixture()
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs chromium or google-chrome on the PATH")
+    graphics = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"]
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *graphics])
+        yield browser
+        browser.close()
+
+
+def open_page(browser, server, **options):
+    """A page of a new visitor, that asks and errs nothing unseen: lists of foreign addresses and of faults."""
+    page = browser.new_context(**options).new_page()
+    page.set_default_timeout(LONGEST * 1000)
+    page.foreign, page.faults = [], []
+    ours = (server.address, f"blob:{server.address}")
+    page.on("request", lambda request: request.url.startswith(ours) or page.foreign.append(request.url))
+    page.on("pageerror", lambda error: page.faults.append(str(error)))
+    page.on("console", lambda message: message.type == "error" and page.faults.append(message.text))
+    page.goto(server.address)
+    page.wait_for_selector("#examples button")
+    return page
+
+
+def make(page):
+    """Presses the button and waits until the body wears the new texture."""
+    before = page.get_attribute("#body", "data-shows") or ""
+    page.click("#make")
+    page.wait_for_function("before => (document.querySelector('#body').dataset.shows || '') !== before", arg=before)
+    page.wait_for_selector("#make:not([disabled])")
+
+
+def test_in_a_browser(browser, server, textures, tmp_path):
+    page, other = open_page(browser, server, viewport={"width": 1440, "height": 900}), open_page(browser, server)
+    page.fill("#prompt", "a man in red")
+    make(page)  # text
+    page.set_input_files("#pictures", textures / "1.png")
+    page.wait_for_selector("#uploads img")
+    assert page.is_visible("#weight")
+    make(page)  # both
+    page.fill("#prompt", "")
+    assert not page.is_visible("#weight")
+    make(page)  # picture
+    page.select_option("#region", "feet")
+    make(page)
+    assert page.locator("#gallery button").count() == 4 and "feet" in page.inner_text("#settings")
+
+    seen = page.locator("#body").screenshot()
+    page.focus("#body")
+    page.keyboard.press("ArrowRight")
+    assert np.ptp(pixels(seen)[..., :3].astype(int)) > 60 and page.locator("#body").screenshot() != seen, "it turns"
+    page.check("#show-outlines")
+    assert page.is_visible("#outlines")
+    for name in ("PNG", "GLB", "OBJ", "USDZ", "Settings"):
+        with page.expect_download() as download:
+            page.click(f"#downloads a:text-is('{name}')")
+        assert Path(download.value.path()).stat().st_size > 100
+
+    (tmp_path / "no.png").write_text("no picture")
+    page.set_input_files("#pictures", tmp_path / "no.png")
+    page.wait_for_function("() => document.querySelector('#fault').textContent.startsWith('Cannot read picture')")
+    assert [fault for fault in page.faults if "400" not in fault] == [] and len(page.faults) == 1
+    assert page.foreign == other.foreign == [] and other.locator("#gallery button").count() == 0
+
+    other.fill("#prompt", "a woman")
+    other.evaluate("document.querySelector('details').open = true")
+    other.fill("#steps", "200")
+    other.select_option("#number", "4")
+    other.click("#make")
+    other.wait_for_function("() => /^Step [1-9]/.test(document.querySelector('#status').textContent)")
+    other.click("#cancel")
+    other.wait_for_function("() => document.querySelector('#status').textContent === 'Cancelled.'")
+    assert other.is_enabled("#make")
+
+    for width in (1440, 390):
+        page.set_viewport_size({"width": width, "height": 844})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    if not AXE.exists():
+        pytest.skip("all but accessibility passed, which needs axe-core: npm ci --prefix tests")
+    page.evaluate(AXE.read_text())
+    violations = page.evaluate("axe.run().then(result => result.violations)")
+    assert [each["id"] for each in violations] == []
