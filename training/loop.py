@@ -223,7 +223,8 @@ def save(run: Run) -> Path:
         state = run.state()
         with run.averaged():
             adapter = adapter_of(run.cfg) if run.task == "personal" else None
-            save_checkpoint(folder, run.cfg, run.task, run.global_step, run.base, run.aligner, state, adapter)
+            aligner = None if run.task == "fast" else run.aligner  # the checkpoint's own, which stays as it is
+            save_checkpoint(folder, run.cfg, run.task, run.global_step, run.base, aligner, state, adapter)
         drop_old_checkpoints(run.folder, run.cfg.output.keep_last)
     processes.wait()
     return folder
