@@ -158,6 +158,7 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
     schedule, settings = getattr(cfg.training, task), cfg.training
     _check_divides(schedule, task)
     processes.keep_freed_memory()
+    processes.leave_busy_cores()
     check_launch()
     device = processes.join(pick_device(launched_device(settings.device)))
     precision = resolve_precision(launched_precision(settings.mixed_precision), device)

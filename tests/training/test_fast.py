@@ -99,7 +99,7 @@ def test_distilling_writes_an_adapter_that_changes_what_few_steps_give(checkpoin
 
 
 def test_an_adapter_of_other_weights_and_none_are_refused(checkpoint):
-    with pytest.raises(UserError, match="no fast adapter; make one with python distill.py"):
+    with pytest.raises(UserError, match="no fast adapter; make one with"):
         load_fast(load_checkpoint(checkpoint), checkpoint, 4)
     folder = checkpoint / FAST_FOLDER
     folder.mkdir()
@@ -113,7 +113,7 @@ def test_an_adapter_of_other_weights_and_none_are_refused(checkpoint):
 
 def test_a_checkpoint_of_text_alone_is_refused(checkpoint):
     (checkpoint / "aligner.safetensors").unlink()
-    with pytest.raises(UserError, match="give one that joint.py wrote"):
+    with pytest.raises(UserError, match="give one that joint"):
         fast_config(checkpoint)
 
 
