@@ -20,6 +20,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -542,8 +543,9 @@ def partial_of(job: Job, opened: dict[str, Image.Image], call: Call) -> Image.Im
 
 def make_all(jobs: list[Job], call: Call, earlier_batch: tuple[int, int] | None, batch_size: int) -> list[str]:
     """Makes and writes the textures → what is wrong with the pictures that were left out."""
-    skipped = []
+    skipped, written = [], []
     bar = progress(total=len(jobs), desc="textures", unit="texture", hidden=not call.is_list)
+    writer = ThreadPoolExecutor(1)  # files are written, and bodies exported, while the next batch is made
     for group in batches(jobs, batch_size, call.pipeline):
         usable, opened, damaged = open_pictures(group)
         usable, partials, misfits = keep_own_pixels(usable, opened, call)
@@ -556,11 +558,21 @@ def make_all(jobs: list[Job], call: Call, earlier_batch: tuple[int, int] | None,
             steps = progress(total=count, desc="denoising", unit="step", hidden=call.is_list)
             textures = make_batch(usable, opened, partials, earlier_batch, call, steps.update)
             steps.close()
+            finish_writing(written)
             for row, (job, texture) in enumerate(zip(usable, textures)):
-                write_job(job, texture, partials.get(job), earlier_batch or (row, len(usable)), call)
+                batch = earlier_batch or (row, len(usable))
+                written.append(writer.submit(write_job, job, texture, partials.get(job), batch, call))
         bar.update(len(group))
+    finish_writing(written)
+    writer.shutdown()
     bar.close()
     return skipped
+
+
+def finish_writing(written: list[Future]) -> None:
+    """Waits for files on their way; raises what went wrong with one."""
+    while written:
+        written.pop(0).result()
 
 
 def write_job(job: Job, texture: Image.Image, partial: Image.Image | None, batch: tuple[int, int], call: Call) -> None:
