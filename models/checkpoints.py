@@ -137,10 +137,15 @@ def first_whole(folders: Iterable[Path], needed: tuple[str, ...]) -> Path | None
     return None
 
 
-def load_state(folder: Path, cfg: Config, task: str) -> dict:
-    """What a checkpoint holds for resuming. Raises UserError when it is of another run or cannot be read."""
+def check_resumable(folder: Path) -> None:
+    """Raises UserError for a folder without what resuming needs."""
     if not (folder / RESUME_FILE).is_file():
         raise UserError(f"{folder} cannot be resumed: it has no {RESUME_FILE}; give a step-* folder of training")
+
+
+def load_state(folder: Path, cfg: Config, task: str) -> dict:
+    """What a checkpoint holds for resuming. Raises UserError when it is of another run or cannot be read."""
+    check_resumable(folder)
     saved, now = load_config(folder / CONFIG_FILE).model_dump(), cfg.model_dump()
     pairs = {"model": (saved["model"], now["model"])}
     for key in ("seed", "optimizer", "ema_decay"):

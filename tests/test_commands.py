@@ -88,6 +88,11 @@ TRAINING = [
     "--data.dataset=file",
     "--model.pretrained_model=nowhere",
     "--model.pretrained_model=folder",
+    "--resume nowhere",
+    "--resume folder",
+    "--output.out_dir=file/folder",
+    "--output.out_dir=file",
+    "--output.log_dir=file",
 ]
 # A module → calls that a user gets wrong, in a folder with a text file, a file of noise, a picture and a folder.
 BAD_CALLS = {

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,10 @@ from tqdm import tqdm
 from atlas_dataset.dataset import ATLASLarge
 from common import processes
 from common.errors import STOPPED, UserError, one_line_errors
-from common.files import check_writable
+from common.files import check_can_be_made, check_writable, owned
 from common.progress import progress
 from config.configuration import Config, dump_config
-from models.checkpoints import drop_old_checkpoints, load_state, newest_state, save_checkpoint
+from models.checkpoints import check_resumable, drop_old_checkpoints, load_state, newest_state, save_checkpoint
 from models.diffusion import autocast
 from training.evaluating import evaluation_figures
 from training.monitoring import RunLog, estimate, report, sample_grid
@@ -52,6 +53,10 @@ def train(
     wrong.
     """
     with before_the_first_step():
+        for folder in (Path(cfg.output.out_dir) / task, cfg.output.log_dir):
+            check_can_be_made(folder)
+        if resume not in (None, "auto"):
+            check_resumable(Path(resume))
         run = set_up(cfg, task, rebuild_cache)
         cfg, output = run.cfg, run.cfg.output
         if cache_only:
@@ -68,9 +73,10 @@ def train(
             return None
         check_writable(run.folder)
         check_writable(output.log_dir)
-        log, steps = RunLog(run), steps_to_go(run)
 
-    with StopRequest(says_so=processes.is_main()) as stop:
+    alone = owned(run.folder) if processes.is_main() else nullcontext()
+    with alone, StopRequest(says_so=processes.is_main()) as stop:
+        log, steps = RunLog(run), steps_to_go(run)
         for global_step in steps:
             with log.counting_flops():
                 losses, prompts = optimizer_step(run, global_step, batches, log)
