@@ -28,7 +28,7 @@ from PIL import Image
 
 from atlas_dataset.fits import fit_beside, read_fit
 from common import processes
-from common.errors import INCOMPLETE, UserError, exit_on_user_error
+from common.errors import INCOMPLETE, UserError, exit_on_user_error, reason
 from common.files import check_writable, content_hash, write_whole
 from common.pictures import encode_image, open_image, picture_files
 from common.progress import progress
@@ -423,8 +423,11 @@ def write_texture(path: Path, texture: Image.Image, description: dict) -> None:
 def append_to_manifest(folder: Path, description: dict) -> None:
     """Adds a line to the manifest; each process has its own, so that no two write to one file."""
     name = MANIFEST if processes.world_size() == 1 else f"manifest-{processes.rank()}.jsonl"
-    with (folder / name).open("a", encoding="utf-8") as manifest:
-        manifest.write(json.dumps(description, ensure_ascii=False) + "\n")
+    try:
+        with (folder / name).open("a", encoding="utf-8") as manifest:
+            manifest.write(json.dumps(description, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {folder / name}: {reason(error)}; make room: the same command goes on") from None
 
 
 def batches(jobs: list[Job], batch_size: int, pipeline: TexturePipeline) -> Iterator[list[Job]]:

@@ -51,15 +51,34 @@ KEY = re.compile(
 )
 PREFIXES = ("base_model.model.", "lora_unet_", "lora_te_", "unet.", "text_encoder.", "image_encoder.")
 EMBEDDING = "bundle_emb."  # OneTrainer's, of textual inversion
-# Kinds of update other than up · down, by what their keys hold (LyCORIS' and PEFT's names).
+# Kinds of update other than up · down, by what their keys hold (LyCORIS' and PEFT's names, and others').
 OTHER_KINDS = {
     "hada_w": "LoHa",
     "lokr_w": "LoKr",
     ".a1.weight": "GLoRA",
     ".oft_": "OFT",
+    ".boft_": "BOFT",
     ".on_input": "IA3",
+    ".ia3_l": "IA3",
+    ".vera_lambda": "VeRA",
+    ".hra_u": "HRA",
+    ".fourierft_": "FourierFT",
     ".lora_mid": "Tucker-decomposed LoRA",
+    ".w_norm": "LyCORIS norm",
     ".diff": "weight-difference",
+    "lora_controlnet": "Control-LoRA",
+    ":up": "lora_diffusion",  # cloneofsimo's, whose layers have numbers for names
+    "string_to_param": "textual inversion",
+    "emb_params": "textual inversion",
+}
+# Models that are no Stable Diffusion 1 or 2 in diffusers' names, by how the layers of their LoRA files are called.
+OTHER_MODELS = {
+    r"lora_te[12]_|text_encoder_2\.|lora_unet_(input|middle|output)_block": "kohya's or diffusers' of Stable Diffusion XL",
+    r"lora_unet_(double|single)_blocks|(diffusion_model\.)?(double|single)_blocks": "kohya's or ComfyUI's of Flux",
+    r"lora_unet_joint_blocks|lora_te3_": "kohya's of Stable Diffusion 3",
+    r"transformer\.|lora_transformer_": "diffusers' or ai-toolkit's of a transformer such as Flux",
+    r"diffusion_model\.": "ComfyUI's, with the original names of the UNet's blocks",
+    r"lora_prior_|prior\.": "of Stable Cascade",
 }
 # Ways in which PEFT changes the weights under a LoRA; such a LoRA is none of the base's own.
 CHANGED_BASES = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -191,7 +210,7 @@ def read_layers(base, file: Path, components: tuple[str, ...] = ADAPTED) -> list
     if strangers or not weights_of_layers:
         raise UserError(
             f"{len(strangers)} of the {len(weights_of_layers)} layers of {file} have no counterpart in this base"
-            f"{f', such as {strangers[0]}' if strangers else ''}; was it made for another base?"
+            f"{f', such as {strangers[0]}' if strangers else ''}; {_other_model(strangers)}"
         )
     return [
         _layer(base, key, *places[_underscored(key)], weights, config, file)
@@ -199,10 +218,18 @@ def read_layers(base, file: Path, components: tuple[str, ...] = ADAPTED) -> list
     ]
 
 
+def _other_model(strangers: list[str]) -> str:
+    """Whose layout the layers have that this base has not, as far as their names tell."""
+    for pattern, layout in OTHER_MODELS.items():
+        if any(re.match(pattern, key) for key in strangers):
+            return f"its layout is {layout}, which is not supported"
+    return "was it made for another base?"
+
+
 def _by_layer(tensors: dict[str, Tensor], file: Path) -> dict[str, dict[str, Tensor]]:
     """A file's layers, each with its tensors by KEY's names: down, up, and where it has them alpha and magnitudes."""
     for mark, kind in OTHER_KINDS.items():
-        if any(mark in key for key in tensors):
+        if any(mark in key for key in tensors if not key.startswith(EMBEDDING)):
             raise UserError(f"{file} is a {kind} file, which is not supported; LoRA and DoRA files are")
     weights_of_layers, embeddings = defaultdict(dict), set()
     for key, value in tensors.items():

@@ -6,7 +6,6 @@ python -m models.publish --checkpoint embedded/checkpoint --licence mit --push-t
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
 from diffusers import AutoencoderDC
@@ -140,7 +139,7 @@ def main():
         check_writable(args.out)
         for name in (*needed, ALIGNER_FILE, IMAGE_ENCODER_LORA_FILE):
             if (folder / name).is_file():
-                shutil.copyfile(folder / name, args.out / name)
+                write_whole(args.out / name, (folder / name).read_bytes())
         title = Path(args.push_to_hub or args.out).name
         write_card(pipeline, folder, args.out, title, args.licence, metrics)
         print(args.out / "README.md")

@@ -138,7 +138,7 @@ def damaged_array(rng: random.Random, array: np.ndarray):
         return np.array(rng.choice(VALUES), dtype=object)
     if kind == 5:
         return np.zeros(rng.choice(((), (0,), (1,), (0, 3), (3, 0), (2, 72), (1, 156))))
-    return array * rng.choice((0, -1, 1e30))
+    return array * rng.choice((0, -1, 1e30)) if array.dtype.kind in "fiu" else array[..., None]
 
 
 def damaged_arrays(rng: random.Random, arrays: dict) -> dict:

@@ -10,9 +10,9 @@ import random
 import pytest
 import torch
 from tally import IS_LONG, count
-from test_resume import assert_equal, state
 
 from common.errors import UserError
+from tests.training.test_resume import assert_equal, state
 from training import loop
 from training.loop import train
 
@@ -38,9 +38,8 @@ OPTIONS = {
 REFUSED = {
     (("LoRA", "text encoder"), ("cache", "all")): "text_encoder_r trains the text encoder",
     (("LoRA", "image encoder"), ("cache", "all")): "image_encoder_r trains the image encoder",
-    (("cache", "all"), ("views", "online")): None,  # fresh pictures are encoded as they come: allowed
 }
-FORBIDDEN = [set(pair) for pair, message in REFUSED.items() if message]
+FORBIDDEN = [set(pair) for pair in REFUSED]
 SHORT = ("training.joint.max_steps=2", "output.save_every=1", "training.joint.learning_rate=0.01",
          "model.lora.dropout=0.1", "training.joint.batch_size=2", "training.joint.effective_batch_size=2",
          "model.lora.r=4", "model.lora.alpha=4", "output.log_every=1", "data.resolution=16")  # fmt: skip
@@ -98,7 +97,7 @@ def test_a_combination_trains_and_resumes_to_the_bit(row, make_config, tmp_path,
     count(option_pairs=len(pairs_of(row)), option_rows=1)
 
 
-@pytest.mark.parametrize("pair", [pair for pair, message in REFUSED.items() if message], ids=str)
+@pytest.mark.parametrize("pair", REFUSED, ids=str)
 def test_what_cannot_go_together_is_refused_before_a_step(pair, make_config, monkeypatch):
     monkeypatch.setattr(loop, "optimizer_step", lambda *_: pytest.fail("it trained"))
     overrides = [override for name, value in pair for override in OPTIONS[name][value]]
