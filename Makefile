@@ -1,12 +1,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test test-faults lint
 setup: .venv/.ready
 demo: setup
 	$(BIN)/python -m embedded.demo
 test: .venv/.ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-fail-under=85
+test-faults: .venv/.ready-test
+	$(BIN)/python tests/faults/run_all.py
 lint: .venv/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

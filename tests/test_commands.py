@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from common.files import PROJECT_ROOT
+from tests.faults.tally import count
 
 # A command → arguments that are wrong, of things that are not there or out of range.
 COMMANDS = {
@@ -304,4 +305,5 @@ def test_bad_calls(module, tmp_path, monkeypatch, run_script):
         if files() != before:
             faults.append(f"{call}: wrote {files() - before}")
             before = files()
+    count(bad_calls=len(BAD_CALLS[module]))
     assert not faults, "\n".join(faults)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from scipy.io import savemat
+from tally import count
 
 from atlas_dataset.dataset import INFO_FILE, ATLASLarge
 from atlas_dataset.fits import read_fit
@@ -67,6 +68,7 @@ def refused(in_bounded_memory):
         said = str(error.value)
         assert "\n" not in said and len(said) < 1500, said[:2000]
         assert not any(words in said.lower() for words in ("memoryerror", "allocate", "enough memory")), said
+        count(hostile_refused=1)
         return said
 
     return call
@@ -153,6 +155,7 @@ def test_no_pickle_is_run(name, tmp_path, request, refused):
     for _ in hostile_forms(name, trace, folder / name):
         shutil.rmtree(folder / "base", ignore_errors=True)
         refused(READERS[name], folder / name, request)
+        count(executed=int(trace.exists()))
         assert not trace.exists()
 
 
@@ -387,6 +390,7 @@ def test_configurations(what, tmp_path, refused):
     trace = tmp_path / "it ran"
     (tmp_path / "config.yaml").write_text(HOSTILE_YAML[what].replace("TRACE", str(trace)))
     assert "config.yaml" in refused(load_config, tmp_path / "config.yaml")
+    count(executed=int(trace.exists()))
     assert not trace.exists()
 
 
