@@ -78,7 +78,8 @@ def owned(folder: Path) -> Iterator[None]:
         except Timeout:
             name = owner.read_text() if owner.is_file() else "another process"
             raise UserError(
-                f"{folder} is being written by {name}; wait for its end, stop it, or choose another output.out_dir"
+                f"{folder} is being written by {name}; wait for its end, stop it, or choose another output.out_dir "
+                f"(where there is no such process, delete {lock})"
             ) from None
         except (OSError, NotImplementedError):
             pass

@@ -7,6 +7,7 @@ import argparse
 import difflib
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -302,7 +303,7 @@ def read_config(values: dict, where: str) -> Config:
         raise UserError(f"{where}: {_explain(error)}") from None
 
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a YAML file with overrides like "training.joint.max_steps=200" applied.
 
     Raises UserError when the file cannot be read, or when it or an override has an unknown key or a wrong type.

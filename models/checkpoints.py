@@ -6,7 +6,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -245,7 +245,7 @@ def load_trained(cfg: Config, lora: Path | None, aligner: Path | None) -> Traine
     return TrainedModel(base, loaded, cfg)
 
 
-def load_checkpoint(folder: str | Path, overrides: list[str] = ()) -> TrainedModel:
+def load_checkpoint(folder: str | Path, overrides: Sequence[str] = ()) -> TrainedModel:
     """A checkpoint folder of ours, rebuilt from its own configuration (with dotted overrides applied)."""
     folder = Path(folder)
     missing = [name for name in (CONFIG_FILE, LORA_FILE) if not (folder / name).is_file()]

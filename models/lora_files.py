@@ -73,12 +73,12 @@ OTHER_KINDS = {
 }
 # Models that are no Stable Diffusion 1 or 2 in diffusers' names, by how the layers of their LoRA files are called.
 OTHER_MODELS = {
-    r"lora_te[12]_|text_encoder_2\.|lora_unet_(input|middle|output)_block": "kohya's or diffusers' of Stable Diffusion XL",
-    r"lora_unet_(double|single)_blocks|(diffusion_model\.)?(double|single)_blocks": "kohya's or ComfyUI's of Flux",
-    r"lora_unet_joint_blocks|lora_te3_": "kohya's of Stable Diffusion 3",
-    r"transformer\.|lora_transformer_": "diffusers' or ai-toolkit's of a transformer such as Flux",
+    r"lora_te[12]_|text_encoder_2\.|lora_unet_(input|middle|output)_block": "Stable Diffusion XL's",
+    r"lora_unet_(double|single)_blocks|(diffusion_model\.)?(double|single)_blocks": "Flux's",
+    r"lora_unet_joint_blocks|lora_te3_": "Stable Diffusion 3's",
+    r"transformer\.|lora_transformer_": "a transformer's, such as Flux",
     r"diffusion_model\.": "ComfyUI's, with the original names of the UNet's blocks",
-    r"lora_prior_|prior\.": "of Stable Cascade",
+    r"lora_prior_|prior\.": "Stable Cascade's",
 }
 # Ways in which PEFT changes the weights under a LoRA; such a LoRA is none of the base's own.
 CHANGED_BASES = ("pissa", "olora", "corda", "lora_ga", "loftq")

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -91,8 +92,8 @@ class RunLog:
         samples = self.steps * run.schedule.effective_batch_size * len(CONDITIONS[run.task])
         means = {name: sum(values) / len(values) for name, values in self.since_flush.items()}
         means |= {"samples_per_second": samples / seconds, "data_wait_share": self.waited / seconds}
-        if peak := peak_memory(device):
-            means["peak_memory_gb"] = peak / 1e9
+        if memory := peak_memory(device):
+            means["peak_memory_gb"] = memory / 1e9
         means |= lora_norms(run.base.unet)
         if self.flops and (peak := peak_flops(device)):
             means["mfu"] = self.flops * self.steps / seconds / peak
@@ -103,7 +104,7 @@ class RunLog:
     def scalars(self, values: dict[str, float], global_step: int) -> None:
         self.latest |= values
         for name, value in values.items():
-            self._write(lambda writer, name=name, value=value: writer.add_scalar(name, value, global_step))
+            self._write(partial(SummaryWriter.add_scalar, tag=name, scalar_value=value, global_step=global_step))
 
     def image(self, name: str, picture: Tensor, global_step: int) -> None:
         self._write(lambda writer: writer.add_image(name, picture, global_step))

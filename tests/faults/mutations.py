@@ -15,15 +15,15 @@ import safetensors.torch
 import torch
 
 WORDS = [
-    "nan", "inf", "-inf", "1e999", "-1", "0", "1", "9" * 30, "-" + "9" * 30, "1e-320", "0x10", "1_0", "\ufeff", "\0", "é",
-    "\u2028", "\u202e", "/", "//", "\\", "{", "}", "[", "]", '"', "'", ":", ",", ";", "\t", "\r", "\n", "null", "true",
+    "nan", "inf", "-inf", "1e999", "-1", "0", "1", "9" * 30, "-" + "9" * 30, "1e-320", "0x10", "1_0", "\ufeff", "\0",
+    "é", "\u2028", "\u202e", "/", "//", "\\", "{", "}", "[", "]", '"', "'", ":", ",", ";", "\t", "\r", "\n", "null", "true",
     "no", "~", "!!python/name:os.system", "!a", "&a", "*a", "<<", "%", "#", "-", "--", "..", "../..", "|", ">", "?",
     "\x1b[2J", "\U0001f469", "9" * 5000, "[" * 200, "2001-01-01", "1:30", "=", "",
 ]  # fmt: skip
 VALUES = [
-    None, True, False, -1, 0, 1, 2, 3, 0.5, 1e308, -1e-320, float("nan"), float("inf"), 2**31, 2**63, 2**70, -(2**70), "",
-    "a", "0", "1", "nan", "\0", "\ud800", "../x", "é" * 300, [], {}, [None], [1], [1, 2, 3], [[1], [2, 3]], [[1.0] * 3] * 3,
-    [[[0.0]]], {"a": 1}, {"": {}}, [{}], ["a"], [1e308] * 3, [0] * 72, [[0.0] * 10] * 2,
+    None, True, False, -1, 0, 1, 2, 3, 0.5, 1e308, -1e-320, float("nan"), float("inf"), 2**31, 2**63, 2**70, -(2**70),
+    "", "a", "0", "1", "nan", "\0", "\ud800", "../x", "é" * 300, [], {}, [None], [1], [1, 2, 3], [[1], [2, 3]],
+    [[1.0] * 3] * 3, [[[0.0]]], {"a": 1}, {"": {}}, [{}], ["a"], [1e308] * 3, [0] * 72, [[0.0] * 10] * 2,
 ]  # fmt: skip
 BYTES = [0, 1, 2, 9, 10, 13, 32, 34, 46, 47, 92, 127, 128, 129, 254, 255]
 DTYPES = ["<f4", "<f8", "<f2", ">f8", "<i4", "<i8", "|u1", "|b1", "<U4", "|S4", "<c16", "<u8"]
@@ -225,7 +225,9 @@ def damaged_safetensors(rng: random.Random, tensors: dict, metadata: dict[str, s
     """Other tensors; another header, whose length is right again; or damaged bytes."""
     how = rng.random()
     if how < 0.5:
-        metadata = {name: damaged_text(rng, text) if rng.random() < 0.3 else text for name, text in (metadata or {}).items()}
+        metadata = {
+            name: damaged_text(rng, text) if rng.random() < 0.3 else text for name, text in (metadata or {}).items()
+        }
         return safetensors.torch.save(damaged_tensors(rng, tensors), metadata)
     data = safetensors.torch.save(tensors, metadata)
     if how < 0.75:

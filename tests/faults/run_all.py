@@ -20,8 +20,8 @@ from PIL import Image
 from tally import TALLY
 
 ROOT = Path(__file__).resolve().parents[2]
-FIGURES = ("kills", "disks_filled", "hostile_refused", "fuzz_inputs", "option_pairs", "bad_calls", "layouts_read", "lost",
-           "executed")  # fmt: skip
+FIGURES = ("kills", "disks_filled", "hostile_refused", "fuzz_inputs", "option_pairs", "bad_calls", "layouts_read",
+           "lost", "executed")  # fmt: skip
 TESTS = (
     "tests/faults",
     "tests/test_commands.py",

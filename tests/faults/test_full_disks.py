@@ -1,4 +1,4 @@
-"""A disk that is full at each kind of write: one line, nothing half-written, and what was there stays; with room, it works.
+"""A disk that is full at each kind of write: one line, nothing half-written, what was there stays; with room, it works.
 
 The disk is a limit on the size of files (RLIMIT_FSIZE), which fails a write in its midst as a full disk does, in every
 library; no root and no mount is needed.
@@ -101,14 +101,15 @@ def write(request, tmp_path):
         "a checkpoint": checkpoint, "a cache": cache, "a data set": data_set, "a copy of a table": table_copy,
         "a texture": texture, "a manifest": manifest, "a GLB": lambda: body(".glb"), "an OBJ": lambda: body(".obj"),
         "a USDZ": lambda: body(".usdz"), "a GIF": lambda: turntable("a.gif"), "a WebP": lambda: turntable("a.webp"),
-        "frames": lambda: turntable("frames"), "kohya's LoRA": lambda: export("kohya"), "PEFT's LoRA": lambda: export("peft"),
+        "frames": lambda: turntable("frames"),
+        "kohya's LoRA": lambda: export("kohya"), "PEFT's LoRA": lambda: export("peft"),
     }  # fmt: skip
     return lambda kind: kinds[kind]()
 
 
 KINDS = (
-    "a checkpoint", "a cache", "a data set", "a copy of a table", "a texture", "a manifest", "a GLB", "an OBJ", "a USDZ",
-    "a GIF", "a WebP", "frames", "kohya's LoRA", "PEFT's LoRA",
+    "a checkpoint", "a cache", "a data set", "a copy of a table", "a texture", "a manifest", "a GLB", "an OBJ",
+    "a USDZ", "a GIF", "a WebP", "frames", "kohya's LoRA", "PEFT's LoRA",
 )  # fmt: skip
 
 

@@ -13,9 +13,9 @@ import signal
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from collections.abc import Callable
 
 import numpy as np
 import pyarrow.parquet
@@ -25,12 +25,11 @@ from mutations import (
     damaged_bytes,
     damaged_json,
     damaged_npz,
-    damaged_picture,
     damaged_pickle,
+    damaged_picture,
     damaged_safetensors,
     damaged_text,
     damaged_torch_file,
-    damaged_value,
     encoded,
 )
 from PIL import Image
@@ -42,7 +41,6 @@ from atlas_dataset.fits import read_fit
 from atlas_dataset.prompts import read_prompts
 from common.errors import UserError
 from common.pictures import open_image
-from common.text import parse_json
 from config.configuration import DEFAULT_CONFIG, Aligner, load_config
 from lora_utils import ADAPTER_FILE
 from models.adapters import read_adapter
@@ -84,8 +82,8 @@ PROMPTS = {
 }
 NAMES = ["1.png", "2.png", "3.png"]
 OWN_FIT = {
-    "body": "obj:x", "pose": [], "shape": [], "gender": "neutral", "azimuth": 10.0, "elevation": 3.0, "fov_degrees": 30.0,
-    "fill": 0.8, "bottom": 0.0, "ambient": [0.4, 0.4, 0.4], "lights": [[0.5, 0.5, 0.5, 30.0, 20.0]],
+    "body": "obj:x", "pose": [], "shape": [], "gender": "neutral", "azimuth": 10.0, "elevation": 3.0,
+    "fov_degrees": 30.0, "fill": 0.8, "bottom": 0.0, "ambient": [0.4, 0.4, 0.4], "lights": [[0.5, 0.5, 0.5, 30.0, 20.0]],
 }  # fmt: skip
 SMPL_FIT = {
     "pose": [0.1] * 72, "betas": [0.0] * 10, "gender": "male", "orig_cam": [0.8, 0.8, 0.1, 0.1], "img_size": [64, 64],
@@ -197,8 +195,8 @@ def targets(tiny_base, mesh, tmp_path_factory):
     loras = lora_seeds(base)
     aligner = make_aligner(Aligner(layers=1, heads=2), base).state_dict()
     described = {"num_inference_steps": 4, "sampler": "ddim", "guidance_scale": 3.0, "text_guidance": 3.0,
-                 "image_guidance": 3.0, "negative_prompt": "", "img_weight": 0.5, "eta": 0.0, "strength": 0.6, "size": 8,
-                 "seam_fix": True, "prompt": "a man", "images": [], "checkpoint": "x", "overrides": []}  # fmt: skip
+                 "image_guidance": 3.0, "negative_prompt": "", "img_weight": 0.5, "eta": 0.0, "strength": 0.6,
+                 "size": 8, "seam_fix": True, "prompt": "a man", "images": [], "checkpoint": "x", "overrides": []}  # fmt: skip
     shown = encode_described(Image.new("RGBA", (4, 4)), described)
     stored, fit_arrays = parquet_seed(work), {name: np.asarray(value) for name, value in SMPL_FIT.items()}
     adapter = {"word": "sks", "class_prompt": "a man", "base_checkpoint": "x", "base_weights": "y"}
@@ -235,12 +233,15 @@ def targets(tiny_base, mesh, tmp_path_factory):
     def lora(rng):
         return damaged_safetensors(rng, *rng.choice(loras))
 
-    keys = "training.seed=1\ntraining.joint.max_steps=3\nmodel.lora.target_modules=[to_q, to_k]\ndata.render.fill=[0, 1]"
+    keys = (
+        "training.seed=1\ntraining.joint.max_steps=3\nmodel.lora.target_modules=[to_q, to_k]\ndata.render.fill=[0, 1]"
+    )
     return {
         "OBJ meshes": Target("m.obj", lambda rng: encoded(rng, damaged_text(rng, OBJ)), read_mesh, 150_000),
         "OBJ bytes": Target("m.obj", lambda rng: damaged_bytes(rng, OBJ.encode()), lambda path: read_obj(str(path)),
                             100_000),
-        "AMASS motions": Target("a.npz", lambda rng: damaged_npz(rng, rng.choice((MOTION, PIECES))), read_amass, 30_000),
+        "AMASS motions": Target("a.npz", lambda rng: damaged_npz(rng, rng.choice((MOTION, PIECES))), read_amass,
+                                30_000),
         "pickled arrays": Target("a.pkl", lambda rng: damaged_pickle(rng, {"poses": np.zeros((2, 3)), "f": [1, "a"],
                                  "o": np.array([None, 1])}), read_arrays, 60_000),
         "own fits": Target("f.json", lambda rng: damaged_json(rng, OWN_FIT), fit(body), 20_000),
@@ -259,7 +260,8 @@ def targets(tiny_base, mesh, tmp_path_factory):
         "states to resume": Target("training_state.pt", lambda rng: damaged_torch_file(rng, state), resume, 2_000),
         "states of steps": Target("s.json", lambda rng: damaged_json(rng, {"task": "joint", "global_step": 1,
                                   "written": 5.5}), find_states, 40_000),
-        "caches": Target("c.safetensors", lambda rng: damaged_safetensors(rng, {"a": torch.ones(3), "b": torch.ones(2)}),
+        "caches": Target("c.safetensors", lambda rng: damaged_safetensors(rng, {"a": torch.ones(3), "b": torch.ones(2)}
+                         ),
                          lambda path: Cache(path.parent), 50_000),
         "pictures": Target("p.png", lambda rng: damaged_picture(rng, rng.choice(seeds)),
                            lambda path: open_image(path.read_bytes()), 80_000),

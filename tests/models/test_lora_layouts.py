@@ -1,4 +1,4 @@
-"""Every layout of LoRA files that is known in public, at the full sizes of Stable Diffusion 1.5: read, or refused by name.
+"""Every public layout of LoRA files, at the full sizes of Stable Diffusion 1.5: read, or refused by its name.
 
 Each is written here from its maker's own definition: diffusers' and PEFT's state dicts, kohya-ss/sd-scripts
 (networks/lora.py, oft.py), LyCORIS (lycoris/modules), OneTrainer (LoRAModule), ai-toolkit (its LoRA network keeps
@@ -102,7 +102,8 @@ READ = {
         ("lora_magnitude_vector",)),
     "PEFT without prefix": (CONVOLUTIONS, lambda _, layer: layer, "lora_A.weight", "lora_B.weight", ()),
     "PEFT with its adapter's name": (
-        CONVOLUTIONS, lambda _, layer: f"base_model.model.{layer}", "lora_A.default.weight", "lora_B.default.weight", ()),
+        CONVOLUTIONS, lambda _, layer: f"base_model.model.{layer}", "lora_A.default.weight",
+        "lora_B.default.weight", ()),
     "kohya": (TRANSFORMERS + TEXT, kohya, "lora_down.weight", "lora_up.weight", (ALPHA,)),
     "kohya without alpha": (TRANSFORMERS + TEXT, kohya, "lora_down.weight", "lora_up.weight", ()),
     "kohya's LoCon": (CONVOLUTIONS + TEXT, kohya, "lora_down.weight", "lora_up.weight", (ALPHA,)),
@@ -184,11 +185,13 @@ REFUSED = {
     "textual inversion of sd-scripts": ("textual inversion", "emb_params", ("",)),
     "kohya's of SDXL, text": ("Stable Diffusion XL", "lora_te2_text_model_encoder_layers_0_self_attn_q_proj", LORA),
     "kohya's of SDXL": ("Stable Diffusion XL", "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", LORA),
-    "diffusers' of SDXL": ("Stable Diffusion XL", "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer",
-                           ("down.weight", "up.weight")),
+    "diffusers' of SDXL": (
+        "Stable Diffusion XL", "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer",
+        ("down.weight", "up.weight")),
     "kohya's of Flux": ("Flux", "lora_unet_double_blocks_0_img_attn_qkv", LORA),
     "kohya's of SD 3": ("Stable Diffusion 3", "lora_unet_joint_blocks_0_x_block_attn_qkv", LORA),
-    "ai-toolkit's of Flux": ("Flux", "transformer.single_transformer_blocks.0.attn.to_q", ("lora_A.weight", "lora_B.weight")),
+    "ai-toolkit's of Flux": (
+        "Flux", "transformer.single_transformer_blocks.0.attn.to_q", ("lora_A.weight", "lora_B.weight")),
     "OneTrainer's of Flux": ("Flux", "lora_transformer_transformer_blocks_0_attn_to_q", LORA),
     "ComfyUI's LoraSave": ("ComfyUI", "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q", LORA),
     "OneTrainer's of Stable Cascade": ("Stable Cascade", "lora_prior_unet_down_blocks_0_2_attention_attn_to_q", LORA),
