@@ -83,7 +83,8 @@ PROMPTS = {
 NAMES = ["1.png", "2.png", "3.png"]
 OWN_FIT = {
     "body": "obj:x", "pose": [], "shape": [], "gender": "neutral", "azimuth": 10.0, "elevation": 3.0,
-    "fov_degrees": 30.0, "fill": 0.8, "bottom": 0.0, "ambient": [0.4, 0.4, 0.4], "lights": [[0.5, 0.5, 0.5, 30.0, 20.0]],
+    "fov_degrees": 30.0, "fill": 0.8, "bottom": 0.0, "ambient": [0.4, 0.4, 0.4],
+    "lights": [[0.5, 0.5, 0.5, 30.0, 20.0]],
 }  # fmt: skip
 SMPL_FIT = {
     "pose": [0.1] * 72, "betas": [0.0] * 10, "gender": "male", "orig_cam": [0.8, 0.8, 0.1, 0.1], "img_size": [64, 64],
@@ -196,7 +197,8 @@ def targets(tiny_base, mesh, tmp_path_factory):
     aligner = make_aligner(Aligner(layers=1, heads=2), base).state_dict()
     described = {"num_inference_steps": 4, "sampler": "ddim", "guidance_scale": 3.0, "text_guidance": 3.0,
                  "image_guidance": 3.0, "negative_prompt": "", "img_weight": 0.5, "eta": 0.0, "strength": 0.6,
-                 "size": 8, "seam_fix": True, "prompt": "a man", "images": [], "checkpoint": "x", "overrides": []}  # fmt: skip
+                 "size": 8, "seam_fix": True, "prompt": "a man", "images": [], "checkpoint": "x",
+                 "overrides": []}  # fmt: skip
     shown = encode_described(Image.new("RGBA", (4, 4)), described)
     stored, fit_arrays = parquet_seed(work), {name: np.asarray(value) for name, value in SMPL_FIT.items()}
     adapter = {"word": "sks", "class_prompt": "a man", "base_checkpoint": "x", "base_weights": "y"}
