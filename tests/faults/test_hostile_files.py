@@ -601,6 +601,39 @@ def test_an_adapters_word_is_no_path(tmp_path, refused):
         refused(export_word, tmp_path, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gender": np.array(b"\xff\xfe")},  # which is no gender, and is taken for none
+        {"mocap_framerate": np.array([10**400], dtype=object)},
+        {"poses": np.full((4, 156), 1e300)},
+        {"poses": np.full((4, 156), np.nan)},
+    ],
+)
+def test_motions_of_other_things_than_numbers(change, tmp_path):
+    arrays = {"poses": np.zeros((4, 156)), "gender": np.array("female"), "mocap_framerate": np.array(60.0)}
+    np.savez(tmp_path / "motion.npz", **arrays | change)
+    if "gender" in change:
+        assert read_amass(tmp_path / "motion.npz")[2] == "neutral"
+        return
+    with pytest.raises(UserError, match="motion.npz"):
+        read_amass(tmp_path / "motion.npz")
+
+
+def test_whole_numbers_that_no_float_holds(tmp_path, refused):
+    (tmp_path / "fit.json").write_text(json.dumps({"pose": [10**400] * 72, "betas": [0], "orig_cam": [1, 1, 0, 0]}))
+    refused(read_fit, tmp_path / "fit.json", "smpl:nowhere", 64, 64)
+    settings = dict.fromkeys(("text_guidance", "image_guidance", "num_inference_steps"), 1)
+    settings |= {"sampler": "ddim", "negative_prompt": "", "img_weight": 0.5, "eta": 0, "strength": 0.5, "size": 64,
+                 "seam_fix": True, "prompt": "a", "images": []}  # fmt: skip
+    for number, is_read in ((2, True), (10**400, False), (float("inf"), False)):
+        (tmp_path / "settings.json").write_text(json.dumps({**settings, "guidance_scale": number}))
+        if is_read:
+            assert read_settings(tmp_path / "settings.json")["settings"].guidance_scale == number
+        else:
+            assert "guidance_scale" in refused(read_settings, tmp_path / "settings.json")
+
+
 def test_densepose_tables(tmp_path, refused):
     for name, content in {"large": np.zeros(1_000_001, np.uint8), "cell": np.array([{"a": 1}], dtype=object)}.items():
         savemat(tmp_path / f"{name}.mat", {"All_Faces": content}, do_compression=True)
