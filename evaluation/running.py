@@ -9,7 +9,6 @@ from torch import Tensor
 from common import processes
 from common.errors import UserError
 from common.files import write_whole
-from common.text import parse_json
 from config.configuration import Config
 from evaluation.data import (
     PROCEDURAL,
@@ -28,7 +27,7 @@ from evaluation.procedural import Judge, evaluate, held_out_paintings
 from evaluation.report import results_of, write_results
 from lora_utils import merge_lora
 from models.base import load_configured_base, pick_device
-from models.checkpoints import STATE_FILE, TrainedModel, load_checkpoint, newest_checkpoint
+from models.checkpoints import STATE_FILE, TrainedModel, load_checkpoint, newest_checkpoint, read_state
 from models.diffusion import frozen_dtype, resolve_precision
 
 PAGE = "report.html"
@@ -44,8 +43,7 @@ def load_model(args: argparse.Namespace, cfg: Config, overrides: list[str]) -> t
         folder = Path(args.checkpoint) if args.checkpoint else newest_checkpoint(cfg.output.out_dir)
         own_device = [f"training.device={device}"] if processes.world_size() > 1 else []
         trained = load_checkpoint(folder, [*overrides, *own_device])
-        state = folder / STATE_FILE
-        step = parse_json(state.read_text())["global_step"] if state.is_file() else 0
+        step = read_state(folder)["global_step"] if (folder / STATE_FILE).is_file() else 0
     merge_lora(trained.base)
     return trained, folder, step
 

@@ -160,12 +160,23 @@ def load_state(folder: Path, cfg: Config, task: str) -> dict:
             raise UserError(f"{folder} was trained with {key} {before}, not {after}; resume with the same settings")
     try:
         state = load_pickle(folder / RESUME_FILE)
-        saved_task = parse_json((folder / STATE_FILE).read_text())["task"]
-    except Exception as error:  # pickle, zip and JSON each have their own errors
+        saved_task = read_state(folder)["task"]
+    except Exception as error:  # pickle and zip each have their own errors
         raise UserError(f"cannot read {folder} ({reason(error)}); resume from an earlier checkpoint") from error
     if saved_task != task:
         raise UserError(f"{folder} is of task {saved_task}, not {task}")
+    if not isinstance(state, dict):
+        raise UserError(f"{folder / RESUME_FILE} holds a {type(state).__name__}; resume from an earlier checkpoint")
     return state
+
+
+def read_state(folder: Path) -> dict:
+    """The task and the step that a checkpoint says it is of. Raises UserError when it does not."""
+    try:
+        state = parse_json((folder / STATE_FILE).read_text())
+        return {"task": str(state["task"]), "global_step": int(state["global_step"])}
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise UserError(f"{folder / STATE_FILE} does not say the task and the step ({reason(error)})") from None
 
 
 def newest_checkpoint(out_dir: str | Path) -> Path:

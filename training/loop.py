@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from atlas_dataset.dataset import ATLASLarge
 from common import processes
-from common.errors import STOPPED, UserError, one_line_errors
+from common.errors import STOPPED, UserError, one_line_errors, reason
 from common.files import check_can_be_made, check_writable, owned
 from common.progress import progress
 from config.configuration import Config, dump_config
@@ -183,11 +183,19 @@ def go_on_from(run: Run, resume: str | None) -> Path | None:
     """
     checkpoint = newest_state(run.folder) if resume == "auto" else Path(resume) if resume else None
     state = load_state(checkpoint, run.cfg, run.task) if checkpoint else {"global_step": 0}
-    if minutes := run.schedule.max_minutes:
-        is_measured = state.get("max_minutes") == minutes
-        run.train_until(state["total_steps"] if is_measured else state["global_step"] + steps_in(run, minutes))
-    if checkpoint:
-        run.restore(state)
+    try:
+        if minutes := run.schedule.max_minutes:
+            is_measured = state.get("max_minutes") == minutes
+            run.train_until(state["total_steps"] if is_measured else state["global_step"] + steps_in(run, minutes))
+        if checkpoint:
+            run.restore(state)
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        if not checkpoint:
+            raise
+        text = f"{checkpoint} does not hold what this run needs ({reason(error)}); resume from an earlier checkpoint"
+        raise UserError(text) from error
     return checkpoint
 
 

@@ -616,7 +616,7 @@ def test_motions_of_other_things_than_numbers(change, tmp_path):
     if "gender" in change:
         assert read_amass(tmp_path / "motion.npz")[2] == "neutral"
         return
-    with pytest.raises(UserError, match="motion.npz"):
+    with pytest.raises(UserError, match=r"motion\.npz"):
         read_amass(tmp_path / "motion.npz")
 
 
