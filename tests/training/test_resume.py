@@ -183,7 +183,7 @@ def test_a_state_of_something_else_is_one_line(change, config):
     content = state(last)
     change(content)
     torch.save(content, last / checkpoints.RESUME_FILE)
-    with pytest.raises(UserError, match="does not hold what this run needs.*resume from an earlier checkpoint"):
+    with pytest.raises(UserError, match=r"does not hold what this run needs.*resume from an earlier checkpoint"):
         train(config("run", "training.joint.max_steps=2"), "joint", resume=str(last))
 
 
