@@ -30,7 +30,7 @@ TESTS = (
     "tests/training/test_stopping.py",
     "tests/atlas_dataset/test_stopped_builds.py",
 )
-KILLS = {"kill_train.py": 20, "kill_build.py": 10}
+KILLS = {"kill_train.py": 12, "kill_build.py": 10}
 SIDE, PICTURES = 256, 8
 
 

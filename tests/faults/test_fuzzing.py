@@ -8,7 +8,6 @@ import io
 import json
 import os
 import random
-import resource
 import signal
 import time
 import traceback
@@ -53,6 +52,7 @@ from render.smpl import read_amass, read_arrays
 from render.uv_space import uv_mask
 from training.caching import Cache
 
+resource = pytest.importorskip("resource")  # Windows has none
 SHARE = float(os.environ.get("FUZZ_SHARE", 1 if IS_LONG else 0.0005))  # of the inputs of a long run
 SECONDS = 20  # that an input may take on a busy machine
 # Bytes of address space beyond what the process has. torch's and Python's readers ask for what a length of 32 bits
