@@ -4,6 +4,7 @@ A batch flows: texture → latents → noisy_latents → noise_pred → a loss f
 optimiser step → checkpoint.
 """
 
+import gc
 import itertools
 import statistics
 import time
@@ -73,10 +74,13 @@ def train(
             return None
         check_writable(run.folder)
         check_writable(output.log_dir)
+        gc.collect()
+        gc.freeze()  # models and data set live to the end: what is collected later need not walk through them
 
     alone = owned(run.folder) if processes.is_main() else nullcontext()
     with alone, StopRequest(says_so=processes.is_main()) as stop:
         log, steps = RunLog(run), steps_to_go(run)
+        began, first_step = time.perf_counter(), run.global_step + 1
         for global_step in steps:
             with log.counting_flops():
                 losses, prompts = optimizer_step(run, global_step, batches, log)
@@ -84,6 +88,8 @@ def train(
                 raise diverged(run, global_step, checkpoint, prompts)
             run.global_step = global_step
             log.step(losses)
+            if cfg.model.compile and global_step == first_step:
+                processes.say(f"\ncompiled, and a first step taken, in {time.perf_counter() - began:.0f} s")
 
             is_last = global_step == run.total_steps
             is_stopping = processes.any_process(stop.requested, run.base.device)
@@ -237,7 +243,8 @@ def save(run: Run) -> Path:
         state = run.state()
         with run.averaged():
             adapter = adapter_of(run.cfg) if run.task == "personal" else None
-            save_checkpoint(folder, run.cfg, run.task, run.global_step, run.base, run.aligner, state, adapter)
+            aligner = None if run.task == "fast" else run.aligner  # the checkpoint's own, which stays as it is
+            save_checkpoint(folder, run.cfg, run.task, run.global_step, run.base, aligner, state, adapter)
         drop_old_checkpoints(run.folder, run.cfg.output.keep_last)
     processes.wait()
     return folder
