@@ -23,7 +23,7 @@ from common.files import PROJECT_ROOT
 from render.rigs import load_body
 from render.uv_space import uv_mask
 
-KILLS = 5
+KILLS, ERRORS = 5, "errors.txt"
 LAUNCH = """
 import sys
 sys.path.insert(0, {root!r})
@@ -39,19 +39,15 @@ pytestmark = pytest.mark.skipif(not IS_LONG, reason="minutes: make test-faults r
 
 def start(command: list, out: Path) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT_ROOT)}
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        cwd=out.parent,
-    )
+    with (out.parent / ERRORS).open("wb") as errors:  # no pipe: nobody reads one while it is waited for a file
+        return subprocess.Popen(
+            [sys.executable, *map(str, command)], env=environment, stdout=subprocess.DEVNULL, stderr=errors,
+            start_new_session=True, cwd=out.parent,
+        )  # fmt: skip
 
 
-def finish(process: subprocess.Popen) -> None:
-    _, error = process.communicate()
-    assert process.returncode == 0, error.decode()[-3000:]
+def finish(process: subprocess.Popen, out: Path) -> None:
+    assert process.wait() == 0, (out.parent / ERRORS).read_text(errors="replace")[-3000:]
 
 
 def files_since(folders: list[Path], since: float) -> bool:
@@ -79,7 +75,7 @@ def storm(make_command, work: Path, watched, ending: str, name: str) -> tuple[Pa
     while process.poll() is None and not files_since(watched(whole), began):
         time.sleep(0.005)
     first = time.time()
-    finish(process)
+    finish(process, whole)
     took, kills = time.time() - first, 0
     for _ in range(KILLS):
         process, began = start(make_command(killed), killed), time.time()
@@ -89,8 +85,8 @@ def storm(make_command, work: Path, watched, ending: str, name: str) -> tuple[Pa
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             kills += 1
-        process.communicate()
-    finish(start(make_command(killed), killed))
+        process.wait()
+    finish(start(make_command(killed), killed), killed)
     same = contents(whole, ending) == contents(killed, ending)
     count(kills=kills, lost=int(not same))
     print(f"{name}: killed {kills} times, {len(contents(whole, ending))} files the same: {same}")
