@@ -297,8 +297,8 @@ def _layer(
     base, key: str, component: str, layer: str, weights: dict[str, Tensor], config: dict, file: Path
 ) -> FileLayer:
     down, up, base_weight = weights["down"], weights["up"], getattr(base, component).get_submodule(layer).weight
-    rank, outputs = len(down), len(base_weight)
-    is_down_right = _trimmed(down.shape[1:]) == _trimmed(base_weight.shape[1:])
+    rank, outputs = len(down) if down.ndim else 0, len(base_weight)
+    is_down_right = rank > 0 and _trimmed(down.shape[1:]) == _trimmed(base_weight.shape[1:])
     if not is_down_right or _trimmed(up.shape) != _trimmed((outputs, rank)):
         raise UserError(
             f"{key} of {file} has the shapes {list(down.shape)} and {list(up.shape)}, which do not fit this base's "
@@ -307,12 +307,16 @@ def _layer(
     config = own_config(config, component)
     scale = 1.0  # where nothing says alpha, it is the rank
     if "alpha" in weights:
+        if weights["alpha"].numel() != 1:
+            raise UserError(f"the alpha of {key} of {file} is {weights['alpha'].numel()} numbers; it is to be one")
         scale = weights["alpha"].item() / rank
     elif "lora_alpha" in config:
         scale = scale_of(config, _bare(key), rank)
     magnitude = weights.get("magnitude", weights.get("dora_scale"))
-    if "dora_scale" in weights and len(magnitude) != outputs:
+    if magnitude is not None and magnitude.shape[:1] != (outputs,) and "dora_scale" in weights:
         raise UserError(f"{key} of {file} has DoRA magnitudes of its inputs, which is not supported; of outputs is")
+    if magnitude is not None and magnitude.numel() != outputs:
+        raise UserError(f"{key} of {file} has {magnitude.numel()} DoRA magnitudes for {outputs} outputs")
     if magnitude is None and config.get("use_dora"):
         raise UserError(f"{file} says that it is a DoRA and holds no magnitude of {key}")
     down, up = down.reshape(rank, *base_weight.shape[1:]), up.reshape(outputs, rank, *[1] * (base_weight.ndim - 2))

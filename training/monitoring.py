@@ -104,7 +104,7 @@ class RunLog:
     def scalars(self, values: dict[str, float], global_step: int) -> None:
         self.latest |= values
         for name, value in values.items():
-            self._write(partial(SummaryWriter.add_scalar, tag=name, scalar_value=value, global_step=global_step))
+            self._write(partial(_add_scalar, name=name, value=value, global_step=global_step))
 
     def image(self, name: str, picture: Tensor, global_step: int) -> None:
         self._write(lambda writer: writer.add_image(name, picture, global_step))
@@ -127,6 +127,10 @@ class RunLog:
         settings = flat_settings(self.run.cfg.model_dump())
         self._write(lambda writer: writer.add_hparams(settings, final_losses, run_name="."))
         self._write(lambda writer: writer.close())
+
+
+def _add_scalar(writer: SummaryWriter, name: str, value: float, global_step: int) -> None:
+    writer.add_scalar(name, value, global_step)
 
 
 def flat_settings(settings: dict, prefix: str = "") -> dict:

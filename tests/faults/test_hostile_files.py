@@ -232,6 +232,48 @@ def test_heads_of_an_aligner_that_cannot_be(heads, tmp_path, base, refused):
     assert "aligner.safetensors" in refused(load_aligner, tmp_path / "aligner.safetensors", Aligner(), base)
 
 
+def test_a_small_aligner_that_speaks_of_a_wide_one(tmp_path, base, refused):
+    state = {"visual_proj.weight": torch.zeros(50_000, 1), "query": torch.zeros(1, 1, 1)}
+    state |= {"i2t.layers.0.linear1.weight": torch.zeros(9)}
+    save_file(state, tmp_path / "aligner.safetensors", {"heads": "1"})
+    assert "aligner.safetensors" in refused(load_aligner, tmp_path / "aligner.safetensors", Aligner(), base)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"query": torch.zeros(())},
+        {"i2t.layers.0.linear1.weight": torch.zeros(())},
+        {"visual_proj.weight": torch.zeros(3)},
+        {"query": torch.zeros(3)},
+    ],
+)
+def test_aligners_of_other_shapes(change, tmp_path, base, refused):
+    state = {"visual_proj.weight": torch.zeros(16, 24), "query": torch.zeros(1, 77, 16)}
+    save_file(state | {"i2t.layers.0.linear1.weight": torch.zeros(32, 16)} | change, tmp_path / "aligner.safetensors")
+    assert "aligner.safetensors" in refused(load_aligner, tmp_path / "aligner.safetensors", Aligner(), base)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lora_down.weight": torch.ones(())},
+        {"lora_up.weight": torch.ones(())},
+        {"lora_down.weight": torch.ones(0, 32), "lora_up.weight": torch.ones(32, 0)},
+        {"alpha": torch.ones(2)},
+        {"alpha": torch.ones(0)},
+        {"dora_scale": torch.ones(())},
+        {"dora_scale": torch.ones(32, 2)},
+        {"lora_magnitude_vector": torch.ones(3)},
+    ],
+)
+def test_lora_layers_of_other_shapes(change, tmp_path, base, refused):
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {"lora_down.weight": torch.ones(4, 32), "lora_up.weight": torch.ones(32, 4)} | change
+    save_file({f"{layer}.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "lora.safetensors")
+    assert "lora.safetensors" in refused(load_lora, base, tmp_path / "lora.safetensors")
+
+
 # Archives that unpack to more than they are.
 
 
