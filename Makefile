@@ -13,7 +13,7 @@ lint: .venv/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	-$(BIN)/pip-audit --requirement requirements.txt --progress-spinner off  # offline it says so, and lint goes on
+	-$(BIN)/pip-audit --local --progress-spinner off  # offline it says so, and lint goes on
 
 .venv/.ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
