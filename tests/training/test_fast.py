@@ -10,7 +10,7 @@ from common.errors import UserError
 from config.configuration import load_config
 from lora_utils import FAST_FOLDER, LORA_FILE, bake_lora
 from models.adapters import weights_hash
-from models.checkpoints import CONFIG_FILE, load_checkpoint
+from models.checkpoints import CONFIG_FILE, EMBEDDED_CHECKPOINT, load_checkpoint
 from models.diffusion import sample_latents, training_target
 from models.fast import load_fast
 from models.pipeline import TexturePipeline
@@ -121,3 +121,8 @@ def test_a_data_set_has_one_name_whether_its_ranges_are_defaults_or_read_from_a_
     """An integer default was 0 and the same read from a checkpoint's file 0.0, and all textures were painted anew."""
     cfg = load_config(checkpoint / CONFIG_FILE)
     assert json.dumps(cfg.data.render.model_dump()) == json.dumps(type(cfg)().data.render.model_dump())
+
+
+def test_the_embedded_checkpoint_has_a_fast_adapter():
+    fast = load_fast(load_checkpoint(EMBEDDED_CHECKPOINT), EMBEDDED_CHECKPOINT, 4)
+    assert fast.cfg.inference.num_inference_steps == 4
