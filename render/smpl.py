@@ -11,6 +11,7 @@ import itertools
 import math
 import pickle
 import re
+import struct
 import sys
 import tempfile
 import zipfile
@@ -103,7 +104,16 @@ def _scalar(array_type, data):
 def _numbers(data, array_type: ArrayType) -> np.ndarray:
     """(N,) from bytes, which Python 2 wrote as what is read as Latin-1. Raises ValueError for objects."""
     data = data.encode("latin1") if isinstance(data, str) else data
-    return np.frombuffer(data, array_type.dtype) if len(data) else np.empty(0, array_type.dtype)
+    return _checked_letters(np.frombuffer(data, array_type.dtype) if len(data) else np.empty(0, array_type.dtype))
+
+
+def _checked_letters(array: np.ndarray) -> np.ndarray:
+    """The array. Raises ValueError for text of numbers that no letter has, which Python fails to make a str of."""
+    if array.dtype.kind == "U" and array.size:
+        codes = np.frombuffer(array.tobytes(), np.dtype(np.uint32).newbyteorder(array.dtype.byteorder))
+        if codes.size and codes.max() > sys.maxunicode:
+            raise ValueError("text that is none")
+    return array
 
 
 NUMPY = {("numpy", "ndarray"): Array, ("numpy", "dtype"): ArrayType}
@@ -212,7 +222,20 @@ class ArraysOnly(pickle._Unpickler):
         if isinstance(self.stack[-1], JoblibArray):
             self.stack[-1] = self.stack[-1].read(self.file)
 
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
+    def load_bytearray8(self):
+        """Python's makes room for as many bytes as the file claims."""
+        (length,) = struct.unpack("<Q", self.read(8))
+        if length > self.file.getbuffer().nbytes:
+            raise pickle.UnpicklingError("it claims more bytes than it holds")
+        data = bytearray(length)
+        self.readinto(data)
+        self.append(data)
+
+    dispatch = {
+        **pickle._Unpickler.dispatch,
+        pickle.BUILD[0]: load_build,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+    }
 
 
 def _plain(value, counter: Iterator[int] | None = None):
@@ -256,7 +279,7 @@ def read_arrays(path: Path) -> dict:
                     value = _plain(ArraysOnly(data).load())
                 else:
                     data.seek(0)
-                    value = np.lib.format.read_array(data, allow_pickle=False)
+                    value = _checked_letters(np.lib.format.read_array(data, allow_pickle=False))
                 arrays[name.removesuffix(".npy")] = value
         return arrays
     except Exception as error:  # a damaged pickle can raise anything

@@ -321,6 +321,7 @@ BOMBS = {
     "bytes of a given length": b"\x80\x02}U\x00c__builtin__\nbytes\n\x8a\x05\x00\x00\x00\x00\x01\x85Rs.",
     "bytes packed as a module says": b"\x80\x02}U\x00c_codecs\nencode\nU\x01aU\x04zlib\x86Rs.",
     "bytes that are not there": b"\x80\x05}\x8e\xff\xff\xff\xff\xff\x00\x00\x00.",
+    "a bytearray that is not there": b"\x80\x05}\x8c\x01a\x96\xff\xff\xff\xff\xff\x01\x00\x00s.",
     "a list of itself": b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.",
 }
 
@@ -330,6 +331,15 @@ def test_pickles_that_fill_the_memory(bomb, tmp_path, refused):
     (tmp_path / "bomb.pkl").write_bytes(BOMBS[bomb])
     for read in (read_arrays, lambda path: read_fit(path, "anny", 64, 64)):
         assert "bomb.pkl" in refused(read, tmp_path / "bomb.pkl")
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_text_of_no_letters(order, tmp_path, refused):
+    text = np.frombuffer(np.full(4, 0x110000, np.dtype(np.uint32).newbyteorder(order)).tobytes(), f"{order}U4")
+    np.savez(tmp_path / "a.npz", gender=text)
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"gender": text}))
+    for name in ("a.npz", "a.pkl"):
+        refused(read_arrays, tmp_path / name)
 
 
 def test_dictionaries_that_hold_each_other_twice(tmp_path, refused):
