@@ -1,15 +1,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test test-faults lint
 setup: .venv/.ready
 demo: setup
 	$(BIN)/python -m embedded.demo
 test: .venv/.ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-fail-under=85
+test-faults: .venv/.ready-test
+	$(BIN)/python tests/faults/run_all.py
 lint: .venv/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	-$(BIN)/pip-audit --local --progress-spinner off  # offline it says so, and lint goes on
 
 .venv/.ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'

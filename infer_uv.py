@@ -14,6 +14,7 @@ if __name__ == "__main__":  # while the imports take their seconds, Ctrl-C ends 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -29,11 +30,11 @@ from PIL import Image
 
 from atlas_dataset.fits import fit_beside, read_fit
 from common import processes
-from common.errors import INCOMPLETE, UserError, exit_on_user_error
+from common.errors import INCOMPLETE, UserError, exit_on_user_error, reason
 from common.files import check_writable, content_hash, write_whole
 from common.pictures import encode_image, open_image, picture_files
 from common.progress import progress
-from common.text import read_lines
+from common.text import parse_json, read_lines
 from config.configuration import DEFAULT_CONFIG, dotted_overrides
 from models.adapters import parse_adapter, weights_hash
 from models.diffusion import SAMPLERS
@@ -440,8 +441,26 @@ def write_texture(path: Path, texture: Image.Image, description: dict) -> None:
 def append_to_manifest(folder: Path, description: dict) -> None:
     """Adds a line to the manifest; each process has its own, so that no two write to one file."""
     name = MANIFEST if processes.world_size() == 1 else f"manifest-{processes.rank()}.jsonl"
-    with (folder / name).open("a", encoding="utf-8") as manifest:
-        manifest.write(json.dumps(description, ensure_ascii=False) + "\n")
+    try:
+        with (folder / name).open("a", encoding="utf-8") as manifest:
+            manifest.write(json.dumps(description, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {folder / name}: {reason(error)}; make room: the same command goes on") from None
+
+
+def complete_manifest(done: list[Job], exports: list[str]) -> None:
+    """Adds the lines of textures that are there, but that no manifest names: killed between the two."""
+    if not done:
+        return
+    folder, names = done[0].path.parent, set()
+    for manifest in folder.glob("manifest*.jsonl"):
+        for line in manifest.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, AttributeError):  # half a line, of a full disk
+                names.add(parse_json(line).get("file"))
+    for job in done:
+        if job.path.name not in names:
+            files = {"file": job.path.name, "exports": [path.name for path in export_names(job, exports).values()]}
+            append_to_manifest(folder, files | read_description(job.path))
 
 
 def batches(jobs: list[Job], batch_size: int, pipeline: TexturePipeline) -> Iterator[list[Job]]:
@@ -610,6 +629,8 @@ def main():
         waiting = [job for job in mine if not (is_list and is_done(job, job_description(job, call), args.exports))]
         if is_list:
             report_done(mine, waiting)
+            to_make = set(waiting)
+            complete_manifest([job for job in mine if job not in to_make], args.exports)
         replaced = (by_hand.checkpoint, by_hand.image, by_hand.init_texture, by_hand.fit, by_hand.iuv)
         if earlier and not (args.lora or any(replaced)):
             check_is_the_same(earlier, job_description(jobs[0], call), by_hand.img_weight is not None)

@@ -305,7 +305,10 @@ def _export_peft(tensors: dict[str, torch.Tensor], config: dict, out: Path) -> P
             write_whole(folder / "adapter_model.safetensors", safetensors.torch.save(weights, {"format": "pt"}))
             options = own_config(config, component)
             options = {name: options[name] for name in LoraConfig.__dataclass_fields__.keys() & options.keys()}
-            LoraConfig(**options).save_pretrained(folder)
+            try:
+                LoraConfig(**options).save_pretrained(folder)
+            except OSError as error:
+                raise UserError(f"cannot write {folder}: {reason(error)}; choose another place") from None
     return out
 
 

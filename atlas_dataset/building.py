@@ -32,6 +32,7 @@ from common import processes
 from common.errors import UserError, reason
 from common.files import check_writable, is_hidden, remove_partial_files, temporary_name, write_whole
 from common.pictures import encode_image, image_from_pixels, open_image
+from common.text import parse_json
 from config.configuration import Render
 from render.rigs import absolute_spec, load_rig
 from render.uv_space import body_pixels
@@ -328,7 +329,7 @@ def _write_json(file: Path, content) -> None:
 def _check_same_settings(file: Path, info: dict) -> dict:
     """What `file` holds. Raises UserError when that data set was built with other settings than info."""
     try:
-        earlier = json.loads(file.read_text())
+        earlier = parse_json(file.read_text())
         earlier["render"] = Render(**earlier["render"]).model_dump()  # keys that came later have their defaults
         changed = [key for key in info if earlier[key] != info[key]]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -349,8 +350,10 @@ def verify_dataset(root: str | Path) -> dict[str, int]:
     if not (root / INFO_FILE).exists() and (root / "state.json").exists():
         return _verify_seed_layout(root)
     try:
-        info = json.loads((root / INFO_FILE).read_text())
-        textures, views, complete = info["textures"], info["views"], info["complete"]
+        info = parse_json((root / INFO_FILE).read_text())
+        textures, views, complete = int(info["textures"]), int(info["views"]), info["complete"]
+        skipped_file = root / "skipped.json"
+        skipped = len(parse_json(skipped_file.read_text())) if skipped_file.exists() else 0
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"no data set in {root} ({reason(error)})") from None
     counts = {}
@@ -367,9 +370,7 @@ def verify_dataset(root: str | Path) -> dict[str, int]:
                 raise UserError(
                     f"{file} is damaged ({reason(error)}); delete it and the same shard's other file, then build again"
                 ) from None
-    skipped_file = root / "skipped.json"
-    skipped = json.loads(skipped_file.read_text()) if skipped_file.exists() else []
-    expected = textures - len(skipped)
+    expected = textures - skipped
     if not complete or counts != {"textures": expected, "renders": expected * views}:
         raise UserError(f"{root} is not finished: {counts}; run its build command again")
     return counts

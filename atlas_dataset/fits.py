@@ -49,7 +49,7 @@ def read_fit(path: str | Path, body_spec: str, height: int, width: int) -> Fit:
     read_values = _read_values(path)
     try:
         values = _flat(read_values, itertools.count(1))
-    except (RecursionError, ValueError) as error:
+    except (RecursionError, ValueError, OverflowError) as error:
         raise UserError(f"{path} holds what no fit holds ({reason(error)}); give one of README's kinds") from None
     for name, value in values.items():
         if isinstance(value, np.ndarray) and value.dtype.kind == "f" and not np.isfinite(value).all():
@@ -60,8 +60,8 @@ def read_fit(path: str | Path, body_spec: str, height: int, width: int) -> Fit:
         return _smpl_fit(values, body_spec, height, width)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{path} holds what no fit holds ({error}); give one of README's kinds") from None
+    except (TypeError, ValueError, IndexError, OverflowError) as error:
+        raise UserError(f"{path} holds what no fit holds ({reason(error)}); give one of README's kinds") from None
 
 
 def fit_beside(folder: str | Path, picture: str | Path) -> Path:

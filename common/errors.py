@@ -15,8 +15,8 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def exit_on_user_error():
-    """Turns a UserError into one line on stderr and exit status 2, and Ctrl-C into one and INTERRUPTED; any other error
-    keeps its traceback."""
+    """Turns a UserError, or the death of a loader's worker, into one line on stderr and exit status 2, and Ctrl-C into
+    one and INTERRUPTED; any other error keeps its traceback."""
     try:
         yield
     except UserError as error:
@@ -25,6 +25,12 @@ def exit_on_user_error():
     except KeyboardInterrupt:
         print("stopped; what is written is whole", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except RuntimeError as error:  # torch raises it wherever the main process is when a worker of a loader dies
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        advice = "of too little memory perhaps: lower data.num_workers; what is written is whole"
+        print(f"error: {_printable(reason(error))} {advice}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _printable(text: str) -> str:

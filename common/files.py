@@ -5,7 +5,10 @@ import hashlib
 import os
 import re
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from common.errors import UserError, reason
 
@@ -47,6 +50,40 @@ def check_writable(path: str | os.PathLike) -> None:
         raise UserError(f"cannot make folder {path}: {reason(error)}; choose another place") from None
     if not os.access(path, os.W_OK):
         raise UserError(f"cannot write to folder {path}; choose another place or change its permissions")
+
+
+def check_can_be_made(path: str | os.PathLike) -> None:
+    """Raises UserError where `check_writable` would for want of a folder or of permissions, and makes nothing."""
+    above = Path(os.path.abspath(path))
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        raise UserError(f"cannot make folder {path}: {above} is a file; choose another place")
+    if not os.access(above, os.W_OK):
+        raise UserError(f"cannot write to folder {above}; choose another place or change its permissions")
+
+
+@contextlib.contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Inside, this process alone writes into a folder; what it had is free again when it ends, killed or not.
+
+    Raises UserError, with the owner, when another process is inside. Where the file system has no locks, none is held.
+    """
+    lock, owner = (folder.with_name(f".{folder.name}.{kind}") for kind in ("lock", "owner"))
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(FileLock(lock, timeout=0))
+            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            held.callback(owner.unlink, missing_ok=True)
+        except Timeout:
+            name = owner.read_text() if owner.is_file() else "another process"
+            raise UserError(
+                f"{folder} is being written by {name}; wait for its end, stop it, or choose another output.out_dir "
+                f"(where there is no such process, delete {lock})"
+            ) from None
+        except (OSError, NotImplementedError):
+            pass
+        yield
 
 
 def temporary_name(path: Path) -> Path:

@@ -61,9 +61,8 @@ def open_image(
             image.info.clear()  # the orientation and the profile hold no longer: saved, they would be used twice
             return image
     except Exception as error:  # decoders of damaged files raise anything
-        raise UserError(
-            f"cannot read picture {name or source}: {reason(error)}; give a PNG, JPEG or WebP file"
-        ) from None
+        place = name or ("from its bytes" if isinstance(source, bytes) else source)
+        raise UserError(f"cannot read picture {place}: {reason(error)}; give a PNG, JPEG or WebP file") from None
 
 
 def _turned_upright(image: Image.Image) -> Image.Image:

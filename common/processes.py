@@ -134,8 +134,8 @@ def _signals_held_back():
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in zip(numbers, handlers):
             signal.signal(number, handler)
-    for number in noted:
-        signal.raise_signal(number)
+    for noted_number in noted:
+        signal.raise_signal(noted_number)
 
 
 def _start_worker(initializer: Callable[[], None]) -> None:

@@ -7,6 +7,7 @@ import argparse
 import difflib
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -40,12 +41,12 @@ def _number(value):
     return value
 
 
-Number = Annotated[float, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 # YAML 1.1 reads a bare `no` as false.
 Precision = Annotated[
     Literal["auto", "no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)
 ]
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
 BaseName = Annotated[str, AfterValidator(current_name)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 
@@ -88,7 +89,7 @@ class Model(Section):
     @field_validator("prompt_template")
     @classmethod
     def _has_a_place_for_the_prompt(cls, template):
-        if "{prompt}" not in template or template.replace("{prompt}", "").count("{"):
+        if "{prompt}" not in template or set("{}") & set(template.replace("{prompt}", "")):
             raise ValueError(f"{template!r} must hold {{prompt}} once or more and no other braces")
         return template
 
@@ -326,7 +327,7 @@ def read_config(values: dict, where: str) -> Config:
         raise UserError(f"{where}: {_explain(error)}") from None
 
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a YAML file with overrides like "training.joint.max_steps=200" applied.
 
     Raises UserError when the file cannot be read, or when it or an override has an unknown key or a wrong type.

@@ -142,11 +142,14 @@ def write_results(out: Path, results: dict, measured: dict[str, Measures], globa
     write_whole(out / FEATURES, safetensors.torch.save(features))
     for old in (out / "tensorboard").glob("events.*"):  # of the same command run again
         old.unlink()
-    with SummaryWriter(str(out / "tensorboard")) as writer:
-        for task, measures in results["tasks"].items():
-            for name, figure in measures["figures"].items():
-                if not isinstance(figure, str) and figure["value"] is not None:
-                    writer.add_scalar(f"eval/{task}/{name.replace('.', '/')}", figure["value"], global_step)
+    try:
+        with SummaryWriter(str(out / "tensorboard")) as writer:
+            for task, measures in results["tasks"].items():
+                for name, figure in measures["figures"].items():
+                    if not isinstance(figure, str) and figure["value"] is not None:
+                        writer.add_scalar(f"eval/{task}/{name.replace('.', '/')}", figure["value"], global_step)
+    except OSError as error:
+        raise UserError(f"cannot write {out / 'tensorboard'}: {reason(error)}; choose another place") from None
 
 
 def read_results(source: str) -> tuple[dict, dict[str, Tensor]]:

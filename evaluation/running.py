@@ -9,7 +9,6 @@ from torch import Tensor
 from common import processes
 from common.errors import UserError
 from common.files import write_whole
-from common.text import parse_json
 from config.configuration import Config
 from evaluation.data import (
     PROCEDURAL,
@@ -28,7 +27,7 @@ from evaluation.procedural import Judge, evaluate, held_out_paintings
 from evaluation.report import results_of, write_results
 from lora_utils import merge_lora
 from models.base import load_configured_base, pick_device
-from models.checkpoints import STATE_FILE, TrainedModel, load_checkpoint, newest_checkpoint
+from models.checkpoints import STATE_FILE, TrainedModel, load_checkpoint, newest_checkpoint, read_state
 from models.diffusion import frozen_dtype, resolve_precision
 from models.fast import fast_weights_hash, load_fast
 
@@ -47,8 +46,7 @@ def load_model(args: argparse.Namespace, cfg: Config, overrides: list[str]) -> t
         trained = load_checkpoint(folder, [*overrides, *own_device])
         if args.fast:
             trained = load_fast(trained, folder, args.fast)
-        state = folder / STATE_FILE
-        step = parse_json(state.read_text())["global_step"] if state.is_file() else 0
+        step = read_state(folder)["global_step"] if (folder / STATE_FILE).is_file() else 0
     merge_lora(trained.base)
     return trained, folder, step
 

@@ -6,7 +6,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,10 +137,15 @@ def first_whole(folders: Iterable[Path], needed: tuple[str, ...]) -> Path | None
     return None
 
 
-def load_state(folder: Path, cfg: Config, task: str) -> dict:
-    """What a checkpoint holds for resuming. Raises UserError when it is of another run or cannot be read."""
+def check_resumable(folder: Path) -> None:
+    """Raises UserError for a folder without what resuming needs."""
     if not (folder / RESUME_FILE).is_file():
         raise UserError(f"{folder} cannot be resumed: it has no {RESUME_FILE}; give a step-* folder of training")
+
+
+def load_state(folder: Path, cfg: Config, task: str) -> dict:
+    """What a checkpoint holds for resuming. Raises UserError when it is of another run or cannot be read."""
+    check_resumable(folder)
     saved, now = load_config(folder / CONFIG_FILE).model_dump(), cfg.model_dump()
     pairs = {"model": (saved["model"], now["model"])}
     for key in ("seed", "optimizer", "ema_decay"):
@@ -155,12 +160,23 @@ def load_state(folder: Path, cfg: Config, task: str) -> dict:
             raise UserError(f"{folder} was trained with {key} {before}, not {after}; resume with the same settings")
     try:
         state = load_pickle(folder / RESUME_FILE)
-        saved_task = parse_json((folder / STATE_FILE).read_text())["task"]
-    except Exception as error:  # pickle, zip and JSON each have their own errors
+        saved_task = read_state(folder)["task"]
+    except Exception as error:  # pickle and zip each have their own errors
         raise UserError(f"cannot read {folder} ({reason(error)}); resume from an earlier checkpoint") from error
     if saved_task != task:
         raise UserError(f"{folder} is of task {saved_task}, not {task}")
+    if not isinstance(state, dict):
+        raise UserError(f"{folder / RESUME_FILE} holds a {type(state).__name__}; resume from an earlier checkpoint")
     return state
+
+
+def read_state(folder: Path) -> dict:
+    """The task and the step that a checkpoint says it is of. Raises UserError when it does not."""
+    try:
+        state = parse_json((folder / STATE_FILE).read_text())
+        return {"task": str(state["task"]), "global_step": int(state["global_step"])}
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise UserError(f"{folder / STATE_FILE} does not say the task and the step ({reason(error)})") from None
 
 
 def newest_checkpoint(out_dir: str | Path) -> Path:
@@ -191,7 +207,7 @@ def load_aligner(path: Path, settings, base: BaseModel) -> nn.Module:
     try:
         heads = int(metadata.get("heads", settings.heads)) if path.suffix == ".safetensors" else None
         aligner = aligner_from_state(state, base.context_tokens, heads)
-    except (RuntimeError, AssertionError, ValueError) as error:  # torch's, of shapes and keys
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:  # torch's, of shapes and keys
         lines = str(error).strip().splitlines()  # of load_state_dict's, the first is a heading
         raise UserError(f"cannot load the aligner {path}: {lines[min(1, len(lines) - 1)].strip()}") from None
     check_fits(aligner, path, base)
@@ -240,7 +256,7 @@ def load_trained(cfg: Config, lora: Path | None, aligner: Path | None) -> Traine
     return TrainedModel(base, loaded, cfg)
 
 
-def load_checkpoint(folder: str | Path, overrides: list[str] = ()) -> TrainedModel:
+def load_checkpoint(folder: str | Path, overrides: Sequence[str] = ()) -> TrainedModel:
     """A checkpoint folder of ours, rebuilt from its own configuration (with dotted overrides applied)."""
     folder = Path(folder)
     missing = [name for name in (CONFIG_FILE, LORA_FILE) if not (folder / name).is_file()]

@@ -99,12 +99,21 @@ def aligner_from_state(state: dict[str, Tensor], context_tokens: int, heads: int
     mean over tokens: it is taken for the class token, the default of the seed's class, said on stderr. Raises
     UserError for a state of neither.
     """
+    state = {key: value.float() for key, value in state.items()}
+    # Without memory until its shapes are seen to be the state's: a small file may speak of a very wide one.
+    with torch.device("meta"):
+        aligner = _empty_aligner(state, context_tokens, heads)
+    aligner.load_state_dict(state, assign=True)
+    return aligner
+
+
+def _empty_aligner(state: dict[str, Tensor], context_tokens: int, heads: int | None) -> nn.Module:
     if "projector.2.weight" in state:
         context_dim, image_dim = state["projector.2.weight"].shape
         if "cls_token" not in state:
             print(f"note: {CLASS_TOKEN_NOTE}", file=sys.stderr)
-        aligner = PooledAligner(image_dim, context_dim, context_tokens, (heads or 8) if "cls_token" in state else None)
-    elif "visual_proj.weight" in state:
+        return PooledAligner(image_dim, context_dim, context_tokens, (heads or 8) if "cls_token" in state else None)
+    if "visual_proj.weight" in state:
         context_dim, image_dim = state["visual_proj.weight"].shape
         layers = {key.split(".")[2] for key in state if key.startswith("i2t.layers.")}
         if not layers or "query" not in state:
@@ -114,11 +123,8 @@ def aligner_from_state(state: dict[str, Tensor], context_tokens: int, heads: int
             )
         feed_forward = len(state.get("i2t.layers.0.linear1.weight", ())) or None
         queries, heads = state["query"].shape[1], heads or max(1, context_dim // 64)
-        aligner = QueryAligner(image_dim, context_dim, queries, len(layers), heads, feed_forward)
-    else:
-        raise UserError("it has the keys neither of TexDreamer's (visual_proj) nor of the seed's (projector)")
-    aligner.load_state_dict(state)
-    return aligner
+        return QueryAligner(image_dim, context_dim, queries, len(layers), heads, feed_forward)
+    raise UserError("it has the keys neither of TexDreamer's (visual_proj) nor of the seed's (projector)")
 
 
 def encode_prompts(base: BaseModel, prompts: list[str]) -> Tensor:

@@ -150,7 +150,7 @@ def sample_latents(
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(first_step)
         latents = scheduler.add_noise(init_latents, noise, timesteps[:1].expand(len(noise)))
-    step_options = {}
+    step_options: dict[str, object] = {}
     accepted = inspect.signature(scheduler.step).parameters
     if "eta" in accepted:
         step_options["eta"] = eta

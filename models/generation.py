@@ -121,8 +121,8 @@ def generate_guided(
 ) -> Tensor:
     """The same from several conditions, each (B, L, D) with a guidance scale of its own."""
     base = trained.base
-    states, scales = zip(*conditions)
-    negative, *states = same_length(encode_prompts(base, [negative_prompt]), *states)
+    given, scales = zip(*conditions)
+    negative, *states = same_length(encode_prompts(base, [negative_prompt]), *given)
     negative, noise = negative.expand_as(states[0]), unit_noise(trained, seeds)
     guided = list(zip(states, scales))
     latents = sample_latents(

@@ -9,6 +9,7 @@
 | a whole pipeline, as SMPLitex's | model_index.json | itself |
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UserError
@@ -70,7 +71,7 @@ def updated(cfg: Config, values: dict) -> Config:
     return Config.model_validate(nested)
 
 
-def load_any(path: str | Path, cfg: Config, overrides: list[str] = ()) -> TrainedModel:
+def load_any(path: str | Path, cfg: Config, overrides: Sequence[str] = ()) -> TrainedModel:
     """Loads a checkpoint of any layout above.
 
     cfg: what the user configured; it names the base where the layout does not. overrides: dotted keys given by hand,

@@ -51,15 +51,34 @@ KEY = re.compile(
 )
 PREFIXES = ("base_model.model.", "lora_unet_", "lora_te_", "unet.", "text_encoder.", "image_encoder.")
 EMBEDDING = "bundle_emb."  # OneTrainer's, of textual inversion
-# Kinds of update other than up · down, by what their keys hold (LyCORIS' and PEFT's names).
+# Kinds of update other than up · down, by what their keys hold (LyCORIS' and PEFT's names, and others').
 OTHER_KINDS = {
     "hada_w": "LoHa",
     "lokr_w": "LoKr",
     ".a1.weight": "GLoRA",
     ".oft_": "OFT",
+    ".boft_": "BOFT",
     ".on_input": "IA3",
+    ".ia3_l": "IA3",
+    ".vera_lambda": "VeRA",
+    ".hra_u": "HRA",
+    ".fourierft_": "FourierFT",
     ".lora_mid": "Tucker-decomposed LoRA",
+    ".w_norm": "LyCORIS norm",
     ".diff": "weight-difference",
+    "lora_controlnet": "Control-LoRA",
+    ":up": "lora_diffusion",  # cloneofsimo's, whose layers have numbers for names
+    "string_to_param": "textual inversion",
+    "emb_params": "textual inversion",
+}
+# Models that are no Stable Diffusion 1 or 2 in diffusers' names, by how the layers of their LoRA files are called.
+OTHER_MODELS = {
+    r"lora_te[12]_|text_encoder_2\.|lora_unet_(input|middle|output)_block": "Stable Diffusion XL's",
+    r"lora_unet_(double|single)_blocks|(diffusion_model\.)?(double|single)_blocks": "Flux's",
+    r"lora_unet_joint_blocks|lora_te3_": "Stable Diffusion 3's",
+    r"transformer\.|lora_transformer_": "a transformer's, such as Flux",
+    r"diffusion_model\.": "ComfyUI's, with the original names of the UNet's blocks",
+    r"lora_prior_|prior\.": "Stable Cascade's",
 }
 # Ways in which PEFT changes the weights under a LoRA; such a LoRA is none of the base's own.
 CHANGED_BASES = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -191,7 +210,7 @@ def read_layers(base, file: Path, components: tuple[str, ...] = ADAPTED) -> list
     if strangers or not weights_of_layers:
         raise UserError(
             f"{len(strangers)} of the {len(weights_of_layers)} layers of {file} have no counterpart in this base"
-            f"{f', such as {strangers[0]}' if strangers else ''}; was it made for another base?"
+            f"{f', such as {strangers[0]}' if strangers else ''}; {_other_model(strangers)}"
         )
     return [
         _layer(base, key, *places[_underscored(key)], weights, config, file)
@@ -199,10 +218,18 @@ def read_layers(base, file: Path, components: tuple[str, ...] = ADAPTED) -> list
     ]
 
 
+def _other_model(strangers: list[str]) -> str:
+    """Whose layout the layers have that this base has not, as far as their names tell."""
+    for pattern, layout in OTHER_MODELS.items():
+        if any(re.match(pattern, key) for key in strangers):
+            return f"its layout is {layout}, which is not supported"
+    return "was it made for another base?"
+
+
 def _by_layer(tensors: dict[str, Tensor], file: Path) -> dict[str, dict[str, Tensor]]:
     """A file's layers, each with its tensors by KEY's names: down, up, and where it has them alpha and magnitudes."""
     for mark, kind in OTHER_KINDS.items():
-        if any(mark in key for key in tensors):
+        if any(mark in key for key in tensors if not key.startswith(EMBEDDING)):
             raise UserError(f"{file} is a {kind} file, which is not supported; LoRA and DoRA files are")
     weights_of_layers, embeddings = defaultdict(dict), set()
     for key, value in tensors.items():
@@ -270,8 +297,8 @@ def _layer(
     base, key: str, component: str, layer: str, weights: dict[str, Tensor], config: dict, file: Path
 ) -> FileLayer:
     down, up, base_weight = weights["down"], weights["up"], getattr(base, component).get_submodule(layer).weight
-    rank, outputs = len(down), len(base_weight)
-    is_down_right = _trimmed(down.shape[1:]) == _trimmed(base_weight.shape[1:])
+    rank, outputs = len(down) if down.ndim else 0, len(base_weight)
+    is_down_right = rank > 0 and _trimmed(down.shape[1:]) == _trimmed(base_weight.shape[1:])
     if not is_down_right or _trimmed(up.shape) != _trimmed((outputs, rank)):
         raise UserError(
             f"{key} of {file} has the shapes {list(down.shape)} and {list(up.shape)}, which do not fit this base's "
@@ -280,12 +307,16 @@ def _layer(
     config = own_config(config, component)
     scale = 1.0  # where nothing says alpha, it is the rank
     if "alpha" in weights:
+        if weights["alpha"].numel() != 1:
+            raise UserError(f"the alpha of {key} of {file} is {weights['alpha'].numel()} numbers; it is to be one")
         scale = weights["alpha"].item() / rank
     elif "lora_alpha" in config:
         scale = scale_of(config, _bare(key), rank)
     magnitude = weights.get("magnitude", weights.get("dora_scale"))
-    if "dora_scale" in weights and len(magnitude) != outputs:
+    if magnitude is not None and magnitude.shape[:1] != (outputs,) and "dora_scale" in weights:
         raise UserError(f"{key} of {file} has DoRA magnitudes of its inputs, which is not supported; of outputs is")
+    if magnitude is not None and magnitude.numel() != outputs:
+        raise UserError(f"{key} of {file} has {magnitude.numel()} DoRA magnitudes for {outputs} outputs")
     if magnitude is None and config.get("use_dora"):
         raise UserError(f"{file} says that it is a DoRA and holds no magnitude of {key}")
     down, up = down.reshape(rank, *base_weight.shape[1:]), up.reshape(outputs, rank, *[1] * (base_weight.ndim - 2))

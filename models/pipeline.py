@@ -21,7 +21,7 @@ from config.configuration import DEFAULT_CONFIG, load_config
 from lora_utils import merge_lora
 from models.adapters import load_adapters, parse_adapter, weights_hash
 from models.base import resolve_source
-from models.body_map import load_body_map
+from models.body_map import BodyMap, load_body_map
 from models.checkpoints import TrainedModel, load_trained, newest_checkpoint
 from models.diffusion import autocast, encode_posterior, resolve_precision
 from models.fast import load_fast
@@ -46,7 +46,7 @@ class TexturePipeline:
         self.body_spec = trained.cfg.data.body or "anny"
         self.body = load_body(self.body_spec)
         self.settings = GenerationSettings.of(trained.cfg.inference)
-        self.body_map = None  # read when it is first wanted
+        self.body_map: BodyMap | None = None  # read when it is first wanted
 
     @classmethod
     def from_pretrained(

@@ -6,7 +6,6 @@ python -m models.publish --checkpoint embedded/checkpoint --licence mit --push-t
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
 from diffusers import AutoencoderDC
@@ -18,7 +17,7 @@ from common.pictures import encode_image
 from common.text import parse_json
 from config.configuration import DEFAULT_CONFIG, load_config
 from lora_utils import IMAGE_ENCODER_LORA_FILE, LORA_FILE
-from models.checkpoints import ALIGNER_FILE, CONFIG_FILE, STATE_FILE, newest_checkpoint
+from models.checkpoints import ALIGNER_FILE, CONFIG_FILE, STATE_FILE, newest_checkpoint, read_state
 from models.pipeline import TexturePipeline
 from render.turntable import contact_sheet
 from render.uv_space import texture_pixels
@@ -82,7 +81,7 @@ def write_card(
     pipeline: TexturePipeline, folder: Path, out: Path, title: str, licence: str, metrics: dict[str, float]
 ) -> None:
     """Writes out/README.md and its pictures; folder: the checkpoint."""
-    cfg, state = pipeline.trained.cfg, parse_json((folder / STATE_FILE).read_text())
+    cfg, state = pipeline.trained.cfg, read_state(folder)
     prompts = cfg.output.sample_prompts or ["a woman in a red dress"]
     widget, pictures = [], []
     for number, prompt in enumerate(prompts):
@@ -140,7 +139,7 @@ def main():
         check_writable(args.out)
         for name in (*needed, ALIGNER_FILE, IMAGE_ENCODER_LORA_FILE):
             if (folder / name).is_file():
-                shutil.copyfile(folder / name, args.out / name)
+                write_whole(args.out / name, (folder / name).read_bytes())
         title = Path(args.push_to_hub or args.out).name
         write_card(pipeline, folder, args.out, title, args.licence, metrics)
         print(args.out / "README.md")

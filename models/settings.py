@@ -1,7 +1,7 @@
 """How a texture is made: every choice but what it shows, in one place, from the command line to the file and back."""
 
 import json
-import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -14,13 +14,14 @@ from common.pictures import encode_image
 from common.text import parse_json, read_text
 from config.configuration import Inference
 
+LARGEST = sys.float_info.max  # JSON has whole numbers beyond it
 # Least and greatest of what a user may ask for.
 RANGES = {
-    "num_inference_steps": (1, math.inf),
+    "num_inference_steps": (1, LARGEST),
     "eta": (0, 1),
-    "guidance_scale": (1, math.inf),
-    "text_guidance": (0, math.inf),
-    "image_guidance": (0, math.inf),
+    "guidance_scale": (1, LARGEST),
+    "text_guidance": (0, LARGEST),
+    "image_guidance": (0, LARGEST),
     "img_weight": (0, 1),
     "strength": (0.01, 1),
     "size": (1, 16_384),
@@ -93,7 +94,7 @@ def check_ranges(values: dict, called: Callable[[str], str]) -> None:
     for name, (least, greatest) in RANGES.items():
         value = values.get(name)
         if value is not None and not least <= value <= greatest:
-            limits = f"{least} or more" if greatest == math.inf else f"{least} to {greatest}"
+            limits = f"{least} or more" if greatest == LARGEST else f"{least} to {greatest}"
             raise UserError(f"{called(name)} {value}: give {limits}")
 
 

@@ -12,7 +12,7 @@ import pygltflib as gltf
 import torch
 from PIL import Image
 
-from common.errors import UserError
+from common.errors import UserError, reason
 from common.files import write_whole
 from common.pictures import encode_image, image_from_pixels
 from render.bodies import load_anny, vertex_normals
@@ -85,7 +85,11 @@ def export_body(
     elif path.suffix == ".obj":
         write_obj(path, surface(rig.body, rig.vertices([pose])[0]), picture)
     elif path.suffix == ".usdz":
-        write_usdz(path, surface(rig.body, rig.vertices([pose])[0]), picture)
+        try:
+            write_usdz(path, surface(rig.body, rig.vertices([pose])[0]), picture)
+        except (OSError, RuntimeError) as error:  # OpenUSD's own are the latter
+            place = tempfile.gettempdir()
+            raise UserError(f"cannot write {path}: {reason(error)}; make room there and in {place}") from None
     else:
         raise UserError(f"{path}: a textured body is written as {', '.join(SUFFIXES)}")
 

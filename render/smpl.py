@@ -11,6 +11,7 @@ import itertools
 import math
 import pickle
 import re
+import struct
 import sys
 import tempfile
 import zipfile
@@ -32,6 +33,7 @@ JOINT_COUNTS = {"smpl": 24, "smplh": 52, "smplx": 55}
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 LARGEST_ARRAYS = 1 << 30  # bytes of one file: SMPL-X's largest has 0.3 GB, AMASS' longest motions less
 MOST_DICTIONARIES = 10_000  # in each other; fits have a few
+LARGEST_ANGLE = 1e4  # radians, of an axis-angle; more is no pose
 POSE_COLUMNS = (72, 156, 165)  # of AMASS, see read_amass
 FRAMES_PER_SECOND = 2  # of a motion: nearer frames are near-copies
 
@@ -102,7 +104,16 @@ def _scalar(array_type, data):
 def _numbers(data, array_type: ArrayType) -> np.ndarray:
     """(N,) from bytes, which Python 2 wrote as what is read as Latin-1. Raises ValueError for objects."""
     data = data.encode("latin1") if isinstance(data, str) else data
-    return np.frombuffer(data, array_type.dtype) if len(data) else np.empty(0, array_type.dtype)
+    return _checked_letters(np.frombuffer(data, array_type.dtype) if len(data) else np.empty(0, array_type.dtype))
+
+
+def _checked_letters(array: np.ndarray) -> np.ndarray:
+    """The array. Raises ValueError for text of numbers that no letter has, which Python fails to make a str of."""
+    if array.dtype.kind == "U" and array.size:
+        codes = np.frombuffer(array.tobytes(), np.dtype(np.uint32).newbyteorder(array.dtype.byteorder))
+        if codes.size and codes.max() > sys.maxunicode:
+            raise ValueError("text that is none")
+    return array
 
 
 NUMPY = {("numpy", "ndarray"): Array, ("numpy", "dtype"): ArrayType}
@@ -211,7 +222,20 @@ class ArraysOnly(pickle._Unpickler):
         if isinstance(self.stack[-1], JoblibArray):
             self.stack[-1] = self.stack[-1].read(self.file)
 
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
+    def load_bytearray8(self):
+        """Python's makes room for as many bytes as the file claims."""
+        (length,) = struct.unpack("<Q", self.read(8))
+        if length > self.file.getbuffer().nbytes:
+            raise pickle.UnpicklingError("it claims more bytes than it holds")
+        data = bytearray(length)
+        self.readinto(data)
+        self.append(data)
+
+    dispatch = {
+        **pickle._Unpickler.dispatch,
+        pickle.BUILD[0]: load_build,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+    }
 
 
 def _plain(value, counter: Iterator[int] | None = None):
@@ -255,7 +279,7 @@ def read_arrays(path: Path) -> dict:
                     value = _plain(ArraysOnly(data).load())
                 else:
                     data.seek(0)
-                    value = np.lib.format.read_array(data, allow_pickle=False)
+                    value = _checked_letters(np.lib.format.read_array(data, allow_pickle=False))
                 arrays[name.removesuffix(".npy")] = value
         return arrays
     except Exception as error:  # a damaged pickle can raise anything
@@ -444,18 +468,18 @@ def read_amass(path: str | Path) -> tuple[np.ndarray, np.ndarray, str]:
         # Rates and genders are 0-dimensional or arrays of one.
         rate = float(np.ravel(arrays.get("mocap_framerate", arrays.get("mocap_frame_rate", 60)))[0])
         gender = np.ravel(arrays.get("gender", "neutral"))[0]
+        gender = (gender.decode(errors="replace") if isinstance(gender, bytes) else str(gender)).lower()
     except KeyError:
         raise UserError(f"{path} holds no 'poses'; give an AMASS motion (shape files have none)") from None
-    except (TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError, IndexError, OverflowError) as error:
         raise UserError(f"{path} holds what no AMASS motion holds ({reason(error)}); leave it out") from None
     if poses.ndim != 2 or poses.shape[1] not in POSE_COLUMNS or not len(poses):
         raise UserError(f"{path}: poses of shape {poses.shape}; AMASS has 72, 156 or 165 columns")
     betas[: len(given)] = given
-    if not (np.isfinite(poses).all() and np.isfinite(betas).all() and np.isfinite(rate)):
+    if not (np.abs(poses).max() < LARGEST_ANGLE and np.isfinite(betas).all() and np.isfinite(rate)):
         raise UserError(f"{path} holds poses or betas that are no numbers; leave it out")
     poses = poses[:: max(1, round(rate / FRAMES_PER_SECOND))]
     hands = {72: np.zeros((len(poses), 90)), 156: poses[:, 66:156], 165: poses[:, 75:165]}[poses.shape[1]]
-    gender = (gender.decode() if isinstance(gender, bytes) else str(gender)).lower()
     full = np.concatenate([_facing_front(poses[:, :3]), poses[:, 3:66], hands], axis=1).astype(np.float32)
     return full, betas, gender if gender in GENDERS else "neutral"
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from common.files import PROJECT_ROOT
+from tests.faults.tally import count
 
 # A command → arguments that are wrong, of things that are not there or out of range.
 COMMANDS = {
@@ -89,6 +90,11 @@ TRAINING = [
     "--data.dataset=file",
     "--model.pretrained_model=nowhere",
     "--model.pretrained_model=folder",
+    "--resume nowhere",
+    "--resume folder",
+    "--output.out_dir=file/folder",
+    "--output.out_dir=file",
+    "--output.log_dir=file",
 ]
 # A module → calls that a user gets wrong, in a folder with a text file, a file of noise, a picture and a folder.
 BAD_CALLS = {
@@ -314,4 +320,5 @@ def test_bad_calls(module, tmp_path, monkeypatch, run_script):
         if files() != before:
             faults.append(f"{call}: wrote {files() - before}")
             before = files()
+    count(bad_calls=len(BAD_CALLS[module]))
     assert not faults, "\n".join(faults)

@@ -5,6 +5,8 @@ that is random follows from the numbers of the textures, so that two runs compar
 undisturbed one, and the training's own random numbers stay as they are. Each process takes its share of the textures.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -63,10 +65,11 @@ def _measured(run: Run, kind: str, number: int) -> list[float]:
     job = Job(LOSS_NAME[kind], number, row["prompt"] if kind == "text" else None)
     texture = (make_batch(TrainedModel(run.base, run.aligner, run.cfg), [job], [picture])[0] + 1) / 2
     mask = uv_mask(run.body, size)
-    pair = [filled(side[None], mask) for side in (texture, truth)]
+    textures, truths = (filled(side[None], mask) for side in (texture, truth))
     values: dict[str, dict[str, Tensor | str]] = {
         "texture": compare_textures(texture[None], truth[None], mask),
-        "render": compare_renders(run.body, *pair, SIDE),
+        "render": compare_renders(run.body, textures, truths, SIDE),
         "uv": consistency(run.body, [texture]),
     }
-    return [values[family][name].item() for family, measures in MEASURED.items() for name in measures]
+    taken = [values[family][name] for family, measures in MEASURED.items() for name in measures]
+    return [math.nan if isinstance(value, str) else value.item() for value in taken]

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,11 @@ from tqdm import tqdm
 
 from atlas_dataset.dataset import ATLASLarge
 from common import processes
-from common.errors import STOPPED, UserError, one_line_errors
-from common.files import check_writable
+from common.errors import STOPPED, UserError, one_line_errors, reason
+from common.files import check_can_be_made, check_writable, owned
 from common.progress import progress
 from config.configuration import Config, dump_config
-from models.checkpoints import drop_old_checkpoints, load_state, newest_state, save_checkpoint
+from models.checkpoints import check_resumable, drop_old_checkpoints, load_state, newest_state, save_checkpoint
 from models.diffusion import autocast
 from training.evaluating import evaluation_figures
 from training.monitoring import RunLog, estimate, report, sample_grid
@@ -53,6 +54,10 @@ def train(
     wrong.
     """
     with before_the_first_step():
+        for folder in (Path(cfg.output.out_dir) / task, cfg.output.log_dir):
+            check_can_be_made(folder)
+        if resume not in (None, "auto"):
+            check_resumable(Path(resume))
         run = set_up(cfg, task, rebuild_cache)
         cfg, output = run.cfg, run.cfg.output
         if cache_only:
@@ -69,12 +74,13 @@ def train(
             return None
         check_writable(run.folder)
         check_writable(output.log_dir)
-        log, steps = RunLog(run), steps_to_go(run)
-        began, first_step = time.perf_counter(), run.global_step + 1
         gc.collect()
         gc.freeze()  # models and data set live to the end: what is collected later need not walk through them
 
-    with StopRequest(says_so=processes.is_main()) as stop:
+    alone = owned(run.folder) if processes.is_main() else nullcontext()
+    with alone, StopRequest(says_so=processes.is_main()) as stop:
+        log, steps = RunLog(run), steps_to_go(run)
+        began, first_step = time.perf_counter(), run.global_step + 1
         for global_step in steps:
             with log.counting_flops():
                 losses, prompts = optimizer_step(run, global_step, batches, log)
@@ -183,11 +189,19 @@ def go_on_from(run: Run, resume: str | None) -> Path | None:
     """
     checkpoint = newest_state(run.folder) if resume == "auto" else Path(resume) if resume else None
     state = load_state(checkpoint, run.cfg, run.task) if checkpoint else {"global_step": 0}
-    if minutes := run.schedule.max_minutes:
-        is_measured = state.get("max_minutes") == minutes
-        run.train_until(state["total_steps"] if is_measured else state["global_step"] + steps_in(run, minutes))
-    if checkpoint:
-        run.restore(state)
+    try:
+        if minutes := run.schedule.max_minutes:
+            is_measured = state.get("max_minutes") == minutes
+            run.train_until(state["total_steps"] if is_measured else state["global_step"] + steps_in(run, minutes))
+        if checkpoint:
+            run.restore(state)
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        if not checkpoint:
+            raise
+        text = f"{checkpoint} does not hold what this run needs ({reason(error)}); resume from an earlier checkpoint"
+        raise UserError(text) from error
     return checkpoint
 
 

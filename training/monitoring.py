@@ -5,7 +5,9 @@ import math
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 
 from common import processes
+from common.errors import reason
 from common.pictures import image_from_pixels
 from config.configuration import dump_config
 from models.checkpoints import TrainedModel
@@ -42,7 +45,8 @@ class RunLog:
         if processes.is_main():
             name = f"{run.task}-{time.strftime('%Y%m%d-%H%M%S')}"
             self.writer = SummaryWriter(Path(run.cfg.output.log_dir) / name)
-            self.writer.add_text("config", "```\n" + dump_config(run.cfg) + "\n```")
+            text = "```\n" + dump_config(run.cfg) + "\n```"
+            self._write(lambda writer: writer.add_text("config", text))
         self.latest: dict[str, float] = {}
         self.flops = 0  # of a step in this process, on CUDA
         self._restart()
@@ -88,8 +92,8 @@ class RunLog:
         samples = self.steps * run.schedule.effective_batch_size * len(CONDITIONS[run.task])
         means = {name: sum(values) / len(values) for name, values in self.since_flush.items()}
         means |= {"samples_per_second": samples / seconds, "data_wait_share": self.waited / seconds}
-        if peak := peak_memory(device):
-            means["peak_memory_gb"] = peak / 1e9
+        if memory := peak_memory(device):
+            means["peak_memory_gb"] = memory / 1e9
         means |= lora_norms(run.base.unet)
         if self.flops and (peak := peak_flops(device)):
             means["mfu"] = self.flops * self.steps / seconds / peak
@@ -99,22 +103,34 @@ class RunLog:
 
     def scalars(self, values: dict[str, float], global_step: int) -> None:
         self.latest |= values
-        if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, global_step)
+        for name, value in values.items():
+            self._write(partial(_add_scalar, name=name, value=value, global_step=global_step))
 
     def image(self, name: str, picture: Tensor, global_step: int) -> None:
-        if self.writer:
-            self.writer.add_image(name, picture, global_step)
+        self._write(lambda writer: writer.add_image(name, picture, global_step))
+
+    def _write(self, write: Callable[[SummaryWriter], None]) -> None:
+        """In the main process. A log on a full disk costs no run: it goes on without one, which is said once."""
+        if self.writer is None:
+            return
+        try:
+            write(self.writer)
+        except OSError as error:
+            text = f"cannot write TensorBoard's log ({reason(error)}): training goes on without it"
+            print(f"warning: {text}", file=sys.stderr)
+            self.writer = None
 
     def close(self) -> None:
         """Writes the settings beside the last losses, to compare runs by."""
-        if self.writer is None:
-            return
         losses = {name: value for name, value in self.latest.items() if name.startswith(("loss/", "val/", "eval/"))}
         final_losses = {f"final/{name}": value for name, value in losses.items()}
-        self.writer.add_hparams(flat_settings(self.run.cfg.model_dump()), final_losses, run_name=".")
-        self.writer.close()
+        settings = flat_settings(self.run.cfg.model_dump())
+        self._write(lambda writer: writer.add_hparams(settings, final_losses, run_name="."))
+        self._write(lambda writer: writer.close())
+
+
+def _add_scalar(writer: SummaryWriter, name: str, value: float, global_step: int) -> None:
+    writer.add_scalar(name, value, global_step)
 
 
 def flat_settings(settings: dict, prefix: str = "") -> dict:

@@ -294,7 +294,7 @@ class Watch:
         return [[measure.step, measure.identity, measure.prior] for measure in self.measures]
 
     def restore(self, state: list[list[float]]) -> None:
-        self.measures = [Measure(*values) for values in state]
+        self.measures = [Measure(int(step), *values) for step, *values in state]
 
 
 def make_watch(cfg: Config, base: BaseModel, body: Body, dataset: ATLASLarge) -> Watch:

@@ -105,6 +105,8 @@ class Run:
         """Takes over what `state` gave, but for the learning rates: the configuration may have lowered them."""
         with torch.no_grad():
             for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
+                if parameter.shape != saved.shape:  # copy_ would repeat a single number
+                    raise ValueError(f"a weight of shape {list(saved.shape)} for one of {list(parameter.shape)}")
                 parameter.copy_(saved)
         rates = self.lr_scheduler.base_lrs
         self.optimizer.load_state_dict(state["optimizer"])

@@ -54,7 +54,7 @@ def reconstruction_loss(decoded: torch.Tensor, pixel_values: torch.Tensor) -> to
 def train_autoencoder(run: Run, steps: int) -> dict:
     """Needs out/vae of stage latents; trains its decoder, from the encoder's pseudo-inverse on, and rewrites it."""
     pictures, _ = load_scenes(run)
-    written = AutoModel.from_pretrained(str(run.out / "vae"), torch_dtype=torch.float32)
+    written = AutoModel.from_pretrained(str(run.out / "vae"), dtype=torch.float32)
     if not isinstance(written, AutoencoderDC):
         raise UserError(
             f"{run.out / 'vae'} is none of stage latents: run `python -m embedded.pretrain --stage latents`"

@@ -85,7 +85,7 @@ def train_unet(run: Run, steps: int) -> dict:
     """Needs out/vae (its encoder), out/tokenizer and out/text_encoder; writes out/unet and out/scheduler."""
     device = run.device
     pictures, labels = load_scenes(run)
-    vae = AutoModel.from_pretrained(str(run.out / "vae"), torch_dtype=torch.float32).to(device).eval()
+    vae = AutoModel.from_pretrained(str(run.out / "vae"), dtype=torch.float32).to(device).eval()
     tokenizer = CLIPTokenizer.from_pretrained(run.out / "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(run.out / "text_encoder", dtype=torch.float32).to(device).eval()
     noise_scheduler = DDPMScheduler(**BETAS, **ZERO_TERMINAL_SNR, steps_offset=1, clip_sample=False)

@@ -108,6 +108,24 @@ def test_bad_files(tmp_path, content, message):
         load_config(path)
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.joint.learning_rate=inf",
+        "training.joint.max_minutes=1e400",
+        "data.render.fill=[nan, nan]",
+        "data.render.azimuth=[0, inf]",
+        f"training.joint.max_steps={10**400}",
+        "model.prompt_template={prompt}}",
+        "model.prompt_template=}{prompt}",
+        "model.prompt_template={{prompt}}",
+    ],
+)
+def test_what_no_number_or_template_is_good_for_is_refused(override):
+    with pytest.raises(UserError, match=override.partition("=")[0]):
+        load_config(DEFAULT_CONFIG, [override])
+
+
 def test_known_keys_have_the_seeds_spelling():
     seed = {"model.pretrained_model", "model.lora.r", "model.lora.alpha", "data.cache_dir"}
     seed |= {"output.out_dir", "output.log_every"}

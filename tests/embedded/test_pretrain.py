@@ -46,7 +46,7 @@ def test_pretraining_writes_a_base_and_resumes(small_run, monkeypatch, tmp_path)
     unet_done, decoder_done = (Path(f"work/stages/{name}.json").stat().st_mtime for name in ("unet", "autoencoder"))
     assert unet_done < decoder_done, "the UNet needs no trained decoder"
     assert base.vae_scale == 8 and base.unet.config.in_channels == base.vae.config.latent_channels == 24
-    plain = StableDiffusionPipeline.from_pretrained("base", torch_dtype=torch.float32)
+    plain = StableDiffusionPipeline.from_pretrained("base", dtype=torch.float32)
     plain.set_progress_bar_config(disable=True)
     sampled = plain("a man", num_inference_steps=2, output_type="latent").images
     with torch.no_grad():
@@ -170,7 +170,7 @@ def test_the_encoder_is_the_basis_and_the_decoder_its_inverse(basis, tmp_path):
         assert blocks_of(pictures).sub(expected).abs().max() > 0.1, "24 numbers cannot hold all of a block"
 
         vae.half().save_pretrained(tmp_path)
-        loaded = AutoModel.from_pretrained(str(tmp_path), torch_dtype=torch.float16)
+        loaded = AutoModel.from_pretrained(str(tmp_path), dtype=torch.float16)
         assert (loaded.encode(pictures.half()).latent - encoded).abs().max() < 0.02
         assert (blocks_of(loaded.decode(encoded.half()).sample) - expected).abs().max() < 0.02
     assert loaded.config.scaling_factor == 2 and list(loaded.config.block_out_channels) == [3, 32, 64, 128]

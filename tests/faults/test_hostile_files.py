@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from scipy.io import savemat
+from tally import count
 
 from atlas_dataset.dataset import INFO_FILE, ATLASLarge
 from atlas_dataset.fits import read_fit
@@ -67,6 +68,7 @@ def refused(in_bounded_memory):
         said = str(error.value)
         assert "\n" not in said and len(said) < 1500, said[:2000]
         assert not any(words in said.lower() for words in ("memoryerror", "allocate", "enough memory")), said
+        count(hostile_refused=1)
         return said
 
     return call
@@ -153,6 +155,7 @@ def test_no_pickle_is_run(name, tmp_path, request, refused):
     for _ in hostile_forms(name, trace, folder / name):
         shutil.rmtree(folder / "base", ignore_errors=True)
         refused(READERS[name], folder / name, request)
+        count(executed=int(trace.exists()))
         assert not trace.exists()
 
 
@@ -229,6 +232,48 @@ def test_heads_of_an_aligner_that_cannot_be(heads, tmp_path, base, refused):
     assert "aligner.safetensors" in refused(load_aligner, tmp_path / "aligner.safetensors", Aligner(), base)
 
 
+def test_a_small_aligner_that_speaks_of_a_wide_one(tmp_path, base, refused):
+    state = {"visual_proj.weight": torch.zeros(50_000, 1), "query": torch.zeros(1, 1, 1)}
+    state |= {"i2t.layers.0.linear1.weight": torch.zeros(9)}
+    save_file(state, tmp_path / "aligner.safetensors", {"heads": "1"})
+    assert "aligner.safetensors" in refused(load_aligner, tmp_path / "aligner.safetensors", Aligner(), base)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"query": torch.zeros(())},
+        {"i2t.layers.0.linear1.weight": torch.zeros(())},
+        {"visual_proj.weight": torch.zeros(3)},
+        {"query": torch.zeros(3)},
+    ],
+)
+def test_aligners_of_other_shapes(change, tmp_path, base, refused):
+    state = {"visual_proj.weight": torch.zeros(16, 24), "query": torch.zeros(1, 77, 16)}
+    save_file(state | {"i2t.layers.0.linear1.weight": torch.zeros(32, 16)} | change, tmp_path / "aligner.safetensors")
+    assert "aligner.safetensors" in refused(load_aligner, tmp_path / "aligner.safetensors", Aligner(), base)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lora_down.weight": torch.ones(())},
+        {"lora_up.weight": torch.ones(())},
+        {"lora_down.weight": torch.ones(0, 32), "lora_up.weight": torch.ones(32, 0)},
+        {"alpha": torch.ones(2)},
+        {"alpha": torch.ones(0)},
+        {"dora_scale": torch.ones(())},
+        {"dora_scale": torch.ones(32, 2)},
+        {"lora_magnitude_vector": torch.ones(3)},
+    ],
+)
+def test_lora_layers_of_other_shapes(change, tmp_path, base, refused):
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {"lora_down.weight": torch.ones(4, 32), "lora_up.weight": torch.ones(32, 4)} | change
+    save_file({f"{layer}.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "lora.safetensors")
+    assert "lora.safetensors" in refused(load_lora, base, tmp_path / "lora.safetensors")
+
+
 # Archives that unpack to more than they are.
 
 
@@ -276,6 +321,7 @@ BOMBS = {
     "bytes of a given length": b"\x80\x02}U\x00c__builtin__\nbytes\n\x8a\x05\x00\x00\x00\x00\x01\x85Rs.",
     "bytes packed as a module says": b"\x80\x02}U\x00c_codecs\nencode\nU\x01aU\x04zlib\x86Rs.",
     "bytes that are not there": b"\x80\x05}\x8e\xff\xff\xff\xff\xff\x00\x00\x00.",
+    "a bytearray that is not there": b"\x80\x05}\x8c\x01a\x96\xff\xff\xff\xff\xff\x01\x00\x00s.",
     "a list of itself": b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.",
 }
 
@@ -285,6 +331,15 @@ def test_pickles_that_fill_the_memory(bomb, tmp_path, refused):
     (tmp_path / "bomb.pkl").write_bytes(BOMBS[bomb])
     for read in (read_arrays, lambda path: read_fit(path, "anny", 64, 64)):
         assert "bomb.pkl" in refused(read, tmp_path / "bomb.pkl")
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_text_of_no_letters(order, tmp_path, refused):
+    text = np.frombuffer(np.full(4, 0x110000, np.dtype(np.uint32).newbyteorder(order)).tobytes(), f"{order}U4")
+    np.savez(tmp_path / "a.npz", gender=text)
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"gender": text}))
+    for name in ("a.npz", "a.pkl"):
+        refused(read_arrays, tmp_path / name)
 
 
 def test_dictionaries_that_hold_each_other_twice(tmp_path, refused):
@@ -387,6 +442,7 @@ def test_configurations(what, tmp_path, refused):
     trace = tmp_path / "it ran"
     (tmp_path / "config.yaml").write_text(HOSTILE_YAML[what].replace("TRACE", str(trace)))
     assert "config.yaml" in refused(load_config, tmp_path / "config.yaml")
+    count(executed=int(trace.exists()))
     assert not trace.exists()
 
 
@@ -595,6 +651,39 @@ def test_an_adapters_word_is_no_path(tmp_path, refused):
         (tmp_path / ADAPTER_FILE).write_text(json.dumps({**said, "word": word}))
         refused(read_adapter, tmp_path)
         refused(export_word, tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gender": np.array(b"\xff\xfe")},  # which is no gender, and is taken for none
+        {"mocap_framerate": np.array([10**400], dtype=object)},
+        {"poses": np.full((4, 156), 1e300)},
+        {"poses": np.full((4, 156), np.nan)},
+    ],
+)
+def test_motions_of_other_things_than_numbers(change, tmp_path):
+    arrays = {"poses": np.zeros((4, 156)), "gender": np.array("female"), "mocap_framerate": np.array(60.0)}
+    np.savez(tmp_path / "motion.npz", **arrays | change)
+    if "gender" in change:
+        assert read_amass(tmp_path / "motion.npz")[2] == "neutral"
+        return
+    with pytest.raises(UserError, match=r"motion\.npz"):
+        read_amass(tmp_path / "motion.npz")
+
+
+def test_whole_numbers_that_no_float_holds(tmp_path, refused):
+    (tmp_path / "fit.json").write_text(json.dumps({"pose": [10**400] * 72, "betas": [0], "orig_cam": [1, 1, 0, 0]}))
+    refused(read_fit, tmp_path / "fit.json", "smpl:nowhere", 64, 64)
+    settings = dict.fromkeys(("text_guidance", "image_guidance", "num_inference_steps"), 1)
+    settings |= {"sampler": "ddim", "negative_prompt": "", "img_weight": 0.5, "eta": 0, "strength": 0.5, "size": 64,
+                 "seam_fix": True, "prompt": "a", "images": []}  # fmt: skip
+    for number, is_read in ((2, True), (10**400, False), (float("inf"), False)):
+        (tmp_path / "settings.json").write_text(json.dumps({**settings, "guidance_scale": number}))
+        if is_read:
+            assert read_settings(tmp_path / "settings.json")["settings"].guidance_scale == number
+        else:
+            assert "guidance_scale" in refused(read_settings, tmp_path / "settings.json")
 
 
 def test_densepose_tables(tmp_path, refused):

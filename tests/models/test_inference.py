@@ -223,6 +223,18 @@ def test_what_is_there_is_taken_only_for_what_it_is(checkpoint, tmp_path, run_sc
     assert "1 of 2 textures are there already" in run_script(infer_main, *arguments, "--export", "obj,sheet")[1]
 
 
+def test_the_manifest_names_every_texture_though_killed_between_the_two(checkpoint, tmp_path, run_script):
+    (tmp_path / "prompts.txt").write_text("a man in red\na woman in blue\n")
+    out = tmp_path / "o"
+    arguments = ["--prompts-file", tmp_path / "prompts.txt", "--checkpoint", checkpoint, "--out", out, "--size", 16]
+    assert run_script(infer_main, *arguments)[0] == 0
+    first, second = (out / "manifest.jsonl").read_text().splitlines()
+    (out / "manifest.jsonl").write_text(f"{first}\n")
+    assert run_script(infer_main, *arguments)[0] == 0
+    again = (out / "manifest.jsonl").read_text().splitlines()
+    assert again[0] == first and json.loads(again[1]) == json.loads(second) and len(again) == 2
+
+
 def test_an_edited_picture_is_another_input(checkpoint, tmp_path, run_script, textures):
     folder = tmp_path / "pictures"
     folder.mkdir()

@@ -168,6 +168,32 @@ def test_what_cannot_be_resumed(config, tmp_path):
         train(config("run"), "joint", resume=str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("parameters"),
+        lambda state: state["parameters"].pop(),
+        lambda state: state.update(parameters=[torch.zeros(1)] * len(state["parameters"])),
+        lambda state: state.update(optimizer=None),
+        lambda state: state.update(lr_scheduler={"last_epoch": "a"}),
+    ],
+)
+def test_a_state_of_something_else_is_one_line(change, config):
+    last = train(config("run", "training.joint.max_steps=1"), "joint")
+    content = state(last)
+    change(content)
+    torch.save(content, last / checkpoints.RESUME_FILE)
+    with pytest.raises(UserError, match=r"does not hold what this run needs.*resume from an earlier checkpoint"):
+        train(config("run", "training.joint.max_steps=2"), "joint", resume=str(last))
+
+
+@pytest.mark.parametrize("text", ["[", "[]", "{}", '{"task": "joint", "global_step": 1e999}', "[" * 5000])
+def test_a_damaged_step_is_one_line(text, tmp_path):
+    (tmp_path / checkpoints.STATE_FILE).write_text(text)
+    with pytest.raises(UserError, match="does not say the task and the step"):
+        checkpoints.read_state(tmp_path)
+
+
 def test_old_checkpoints_are_dropped(config, tmp_path):
     train(config("run", "output.keep_last=2"), "joint")
     assert sorted(path.name for path in (tmp_path / "run" / "joint").iterdir()) == ["step-000006", "step-000007"]

@@ -8,8 +8,11 @@ import sys
 
 import pytest
 import torch
+from conftest import command_line
 
 from common.files import PROJECT_ROOT
+from joint import main as joint_main
+from tests.training.test_resume import at_step
 from training.loop import open_batches
 from training.run import set_up
 from training.stopping import leave_signals_to_the_main_process
@@ -69,3 +72,16 @@ def test_a_worker_without_an_alarm(monkeypatch):
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+
+
+def test_a_worker_that_dies_is_one_line_and_costs_no_checkpoint(make_config, monkeypatch, run_script, tmp_path):
+    def kill_workers():
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGKILL)
+
+    at_step(monkeypatch, 4, kill_workers)
+    steps = ("training.joint.max_steps=40", "output.save_every=2")
+    status, _, error = run_script(joint_main, *command_line(make_config("data.num_workers=1", *steps)))
+    last = error.splitlines()[-1]
+    assert status == 2 and last.startswith("error: DataLoader worker") and "lower data.num_workers" in last, error
+    assert (tmp_path / "checkpoints" / "joint" / "step-000002" / "training_state.pt").is_file()
