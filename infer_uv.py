@@ -446,6 +446,7 @@ def make_batch(
     earlier_batch: tuple[int, int] | None,
     call: Call,
     on_step,
+    on_preview=None,
 ) -> list[Image.Image]:
     """The textures of some jobs. opened: path → picture; partials: of the jobs with fits. earlier_batch:
     (row, rows) that a texture to be repeated had in its batch: how a row's sums are rounded depends on the rows beside
@@ -461,6 +462,7 @@ def make_batch(
         call.settings,
         on_step,
         [partials[job] for job in batch] if partials else None,
+        on_preview,
     )
     return [textures[row]] if earlier_batch else textures
 

@@ -10,16 +10,23 @@ import threading
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import trimesh
 from PIL import Image
 
 import infer_uv
 import studio as studio_command
+from atlas_dataset.fits import read_fit
+from atlas_dataset.views import render_texture
 from common.errors import UserError
 from common.files import PROJECT_ROOT
+from common.pictures import encode_image, image_from_pixels
+from config.configuration import Render
+from render.rigs import load_rig
 from studio import LARGEST_UPLOAD, Order, Server, Studio
 
 AXE = PROJECT_ROOT / "tests" / "node_modules" / "axe-core" / "axe.min.js"
@@ -40,6 +47,10 @@ def studio(checkpoint, tmp_path):
 
 @pytest.fixture()
 def server(studio):
+    yield from serving(studio)
+
+
+def serving(studio):
     server = Server("127.0.0.1", 0, studio)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
@@ -47,6 +58,13 @@ def server(studio):
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture()
+def bare_server(mesh, tmp_path):
+    """A server whose studio has a body but no model: enough for uploads."""
+    pipeline = SimpleNamespace(body_spec=f"obj:{mesh}", settings=None)
+    yield from serving(Studio(pipeline, None, [], tmp_path / "out"))
 
 
 @pytest.fixture()
@@ -125,7 +143,7 @@ def test_cancel_stops_within_a_step_and_the_next_order_runs(studio, visitor, mon
     make_batch, begun = infer_uv.make_batch, []
 
     def cancelling(*arguments):
-        *others, on_step = arguments
+        *others, on_step, on_preview = arguments
 
         def cancel_in_the_second():
             begun.append(1)
@@ -133,7 +151,7 @@ def test_cancel_stops_within_a_step_and_the_next_order_runs(studio, visitor, mon
                 studio.cancel(visitor)
             on_step()
 
-        return make_batch(*others, cancel_in_the_second)
+        return make_batch(*others, cancel_in_the_second, on_preview)
 
     monkeypatch.setattr(infer_uv, "make_batch", cancelling)
     task = studio.start(visitor, Order(prompt="a man", steps=50, number=3))
@@ -153,6 +171,137 @@ def test_a_region_is_made_anew_and_nothing_else(studio, visitor):
     assert studio.description(visitor, second)["mask"] == "feet"
     with pytest.raises(UserError, match="no texels for the region 'face'"):  # the body is a box
         studio.start(visitor, Order(prompt="a man", edited=first, region="face"))
+
+
+def painted(side: int, box: tuple[int, int, int, int]) -> bytes:
+    """A mask as the page draws it: white on nothing."""
+    mask = Image.new("RGBA", (side, side))
+    mask.paste("white", box)
+    return encode_image(mask, format="PNG")
+
+
+def test_a_painted_region_of_an_uploaded_texture_is_made_anew(studio, visitor, tmp_path, run_script):
+    texture = Image.new("RGB", (SIZE, SIZE), "orange")
+    given = studio.add_texture(visitor, encode_image(texture, format="PNG"), "mine.png")["id"]
+    assert studio.description(visitor, given) == {"uploaded": "mine.png"}
+    mask = studio.add_mask(visitor, painted(64, (4, 8, 12, 30)))["id"]
+    (key,) = finished(studio, visitor, prompt="a man in blue", edited=given, mask=mask, sampler="ddim")
+    worn = pixels(studio.file(visitor, key, "png", "rest")[1])
+    changed = (worn[..., :3] != np.asarray(texture)).any(2)
+    assert changed[20:56, 10:22].any()
+    changed[16:60, 8:24] = False
+    assert not (changed & (worn[..., 3] == 255)).any()
+    assert studio.description(visitor, key)["sampler"] == "ddim"
+    (tmp_path / "settings.json").write_bytes(studio.file(visitor, key, "json", "rest")[1])
+    status, _, error = run_script(infer_uv.main, "--settings", tmp_path / "settings.json", "--out", tmp_path / "a.png")
+    assert status == 0, error
+    assert np.array_equal(pixels((tmp_path / "a.png").read_bytes()), worn)
+
+    unused = studio.add_mask(visitor, painted(64, (0, 0, 9, 9)))["id"]
+    later = studio.add_mask(visitor, painted(64, (0, 0, 5, 5)))["id"]
+    assert set(visitor.masks) == {mask, later} and unused not in visitor.masks
+    other = studio.add_texture(visitor, encode_image(texture, format="PNG"), "unused.png")["id"]
+    paths = {each: visitor.results[each].job.path for each in (given, other)}
+    studio.close()
+    assert paths[given].exists() and not paths[other].exists()
+    assert [path.stem for path in (visitor.folder / "pictures").iterdir()] == [mask]
+
+
+@pytest.mark.parametrize("message, name, data", [
+    ("nothing is painted", "masks", painted(16, (0, 0, 0, 0))),
+    ("16 x 8", "masks", encode_image(Image.new("L", (16, 8), 255), format="PNG")),
+    ("16 x 8", "results", encode_image(Image.new("L", (16, 8), 255), format="PNG")),
+    ("transparent everywhere", "results", encode_image(Image.new("RGBA", (8, 8)), format="PNG")),
+    ("cannot read picture of the painted region", "masks", b"<svg/>"),
+    ("cannot read picture evil.png", "results?name=../../evil.png", b"no picture"),
+    ("pixels are more than", "results", encode_image(Image.new("1", (4200, 4200)), format="PNG")),
+])  # fmt: skip
+def test_edits_uploads_are_checked(message, name, data, bare_server):
+    token, visitor = bare_server.studio.admit()
+    status, _, contents = ask(bare_server, "POST", f"/api/{name}", data, token)
+    assert status == 400 and message in json.loads(contents)["error"]
+    assert not (visitor.masks or visitor.results or visitor.folder.exists())
+
+
+@pytest.fixture()
+def person(mesh):
+    """A picture of a red box and how the box stands in it: a PNG and a JSON file's contents."""
+    rig = load_rig(f"obj:{mesh}")
+    red = torch.tensor([0.6, -0.5, -0.5])[:, None, None].expand(3, 64, 64)
+    backgrounds = {"plain": 0, "gradient": 0, "noise": 0, "pictures": 0, "white": 1}
+    picture, view = render_texture(rig, red, Render(full_body=1, backgrounds=backgrounds), 3, 0, [0], 128, 96)[0]
+    return encode_image(image_from_pixels(picture), format="PNG"), json.dumps(view).encode()
+
+
+def test_pictures_keep_their_own_pixels_where_each_has_a_fit(studio, visitor, person, monkeypatch, tmp_path):
+    picture, fit = person
+    keys = [studio.add_picture(visitor, picture, "box.png")["id"] for _ in range(2)]
+    for key in keys:
+        studio.add_fit(visitor, key, fit, "box.json")
+    (plain,) = finished(studio, visitor, pictures=keys)
+    (own,) = finished(studio, visitor, pictures=keys, fits=["file", "file"])
+    told = studio.description(visitor, own)
+    assert told["fits"] == [str(visitor.fits[key]) for key in keys] and not studio.description(visitor, plain)["fits"]
+    worn = pixels(studio.file(visitor, own, "png", "rest")[1]).astype(int)
+    is_red = (worn[..., 0] > worn[..., 2] + 60) & (worn[..., 3] == 255)
+    assert is_red.sum() > 0.1 * (worn[..., 3] == 255).sum()
+
+    sightings = []
+    sighted = read_fit(visitor.fits[keys[0]], studio.pipeline.body_spec, 128, 96)
+    monkeypatch.setattr(studio.pipeline, "find_body", lambda image, size: sightings.append(size) or sighted)
+    for order, message in (
+        ({"fits": ["file"]}, "each needs its fit"),
+        ({"fits": ["auto", "file"]}, "finds no body"),
+        ({"fits": ["file", "file"], "edited": own}, "choose one of them"),
+    ):
+        with pytest.raises(UserError, match=message):
+            studio.start(visitor, Order(pictures=keys, **order))
+    monkeypatch.setattr(Studio, "finds_bodies", True)
+    (found_by_map,) = finished(studio, visitor, pictures=keys, fits=["auto", "file"])
+    assert sightings == [SIZE] and studio.description(visitor, found_by_map)["fits"][0] == infer_uv.AUTO
+
+
+def test_a_fit_is_checked_when_it_comes(bare_server, person):
+    studio = bare_server.studio
+    (token, visitor), (other_token, _) = studio.admit(), studio.admit()
+    picture, fit = person
+    key = studio.add_picture(visitor, picture, "box.png")["id"]
+    assert ask(bare_server, "POST", f"/api/fits/{key}?name=box.json", fit, token)[0] == 200
+    first = visitor.fits[key]
+    runs = b"cos\nsystem\n(S'exit 1'\ntR."  # a pickle that calls os.system
+    for name, data in (
+        ("a.json", b"{}"),
+        ("a.txt", fit),
+        ("a.pkl", runs),
+        ("a.npz", b"PK"),
+        ("..%2f..%2fa.json", b"["),
+    ):
+        status, _, contents = ask(bare_server, "POST", f"/api/fits/{key}?name={name}", data, token)
+        message = json.loads(contents)["error"]
+        assert status == 400 and "a." in message and str(studio.out) not in message and ".." not in message, name
+    assert ask(bare_server, "POST", f"/api/fits/{key}?name=box.json", fit, other_token)[0] == 400
+    assert ask(bare_server, "POST", "/api/fits/..%2f..?name=box.json", fit, token)[0] == 400
+    assert visitor.fits == {key: first} and len(list((visitor.folder / "pictures").iterdir())) == 2
+    studio.remove_picture(visitor, key)
+    assert not first.exists() and not visitor.fits
+
+
+def test_previews_lead_to_the_texture_and_change_nothing(studio, visitor, monkeypatch):
+    monkeypatch.setattr(studio_command, "PREVIEW_SECONDS", 0)
+    monkeypatch.setattr(studio_command, "PREVIEW_SHARE", 1e9)
+    with pytest.raises(UserError, match="no preview"):
+        studio.preview(visitor)
+    assert studio.state(visitor)["task"] is None
+    (key,) = finished(studio, visitor, prompt="a man in red", steps=6)
+    assert studio.state(visitor)["task"]["previews"] == 6
+    last, texture = pixels(studio.preview(visitor)), Image.open(visitor.results[key].job.path)
+    worn = np.asarray(texture.resize(last.shape[:2], Image.Resampling.BOX))
+    inside = worn[..., 3] == 255
+    assert np.abs(last[inside].astype(int) - worn[inside][:, :3]).mean() < 20
+    monkeypatch.setattr(studio_command, "PREVIEW_SECONDS", 1e9)
+    (same,) = finished(studio, visitor, prompt="a man in red", steps=6)
+    assert studio.state(visitor)["task"]["previews"] == 1
+    assert np.array_equal(*(pixels(visitor.results[each].job.path.read_bytes()) for each in (key, same)))
 
 
 def test_each_download_is_what_it_says(studio, visitor, tmp_path):
@@ -181,7 +330,8 @@ def test_each_download_is_what_it_says(studio, visitor, tmp_path):
 
 @pytest.mark.parametrize("order", [
     {}, {"prompt": " "}, {"prompt": "a", "region": "feet"}, {"prompt": "a", "edited": "nothing"},
-    {"pictures": ["../../etc/passwd"]}, {"prompt": "a", "steps": 2000},
+    {"pictures": ["../../etc/passwd"]}, {"prompt": "a", "steps": 2000}, {"prompt": "a", "sampler": "nonsense"},
+    {"prompt": "a", "mask": "nothing"},
 ])  # fmt: skip
 def test_orders_that_do_not_fit_are_refused(order, studio, visitor):
     with pytest.raises(ValueError):  # a UserError, or pydantic's
