@@ -106,7 +106,7 @@ function showWeight() {
 function numberIn(id) {
   const field = $(id);
   if (!field.checkValidity() || field.value === "")
-    throw new Error(`${field.labels[0].textContent}: give a number from ${field.min} to ${field.max}`);
+    throw new Error(`${field.ariaLabel || field.labels[0].textContent}: give a number from ${field.min} to ${field.max}`);
   return Number(field.value);
 }
 
@@ -128,6 +128,7 @@ async function order() {
   await ask("POST", "/api/textures", JSON.stringify(asked));
   previews = 0;
   setBusy(true);
+  if (innerWidth <= 760) $("stage").scrollIntoView();  // below the form there
   watch();
 }
 
@@ -227,7 +228,8 @@ function listenToPaint() {
 function setBusy(isBusy) {
   busy = isBusy;
   $("make").disabled = isBusy;
-  $("cancel").hidden = $("running").hidden = !isBusy;
+  $("cancel").hidden = $("progress").hidden = !isBusy;
+  $("making").classList.toggle("busy", isBusy);
   $("cancel").disabled = false;
 }
 
@@ -238,7 +240,6 @@ const watch = guarded(async () => {
   if (news.length) {
     showGallery();
     await show(news[0]);
-    if (busy && innerWidth <= 760) $("stage").scrollIntoView();  // below the form there
   }
   if (!task) return;
   if (task.previews > previews && task.state === "running" && !news.length) {
@@ -425,7 +426,7 @@ async function start() {
   $("sampler").append(...defaults.samplers.map((name) => option(name, name)));
   $("sampler").value = defaults.sampler;
   if (defaults.finds_bodies) $("own").append(option("auto", "kept, the body is looked for"));
-  const edits = [["whole", "the shown one, all of it"], ["painted", "the shown one, where I paint"], ...defaults.regions.map((name) => [name, `the shown one's ${name}`])];
+  const edits = [["whole", "all of the shown one"], ["painted", "where I paint on it"], ...defaults.regions.map((name) => [name, `its ${name}`])];
   $("region").append(...edits.map(([value, text]) => Object.assign(option(value, text), { disabled: true })));
   $("examples").append(...EXAMPLES.map((text) => element("button", {
     type: "button", textContent: text, onclick: () => { $("prompt").value = text; showWeight(); },
