@@ -512,7 +512,7 @@ def keep_own_pixels(
     return usable, partials, faults
 
 
-def partial_of(job: Job, opened: dict[str, Image.Image], call: Call) -> Image.Image:
+def partial_of(job: Job, opened: dict[str, Image.Image], call: Call, on_step=lambda: None) -> Image.Image:
     pipeline, size, sightings = call.pipeline, call.settings.size, []
     for path, fit in zip(job.images, job.fits):
         image = opened[path]
@@ -523,7 +523,7 @@ def partial_of(job: Job, opened: dict[str, Image.Image], call: Call) -> Image.Im
         else:
             sightings.append(read_fit(fit, pipeline.body_spec, image.height, image.width))
     pictures = [opened[path] for path in job.images]
-    return pipeline.own_pixels(pictures, sightings, size, call.settings.relight, call.settings.mirror_fill)
+    return pipeline.own_pixels(pictures, sightings, size, call.settings.relight, call.settings.mirror_fill, on_step)
 
 
 def make_all(jobs: list[Job], call: Call, earlier_batch: tuple[int, int] | None, batch_size: int) -> list[str]:

@@ -379,8 +379,7 @@ class Studio:
             check_cancelled()
             task.state, first = "running", task.jobs[0]
             opened = {path: open_image(path) for path in first.images}  # the same pictures for all seeds
-            partial = infer_uv.partial_of(first, opened, task.call) if first.fits else None
-            check_cancelled()
+            partial = infer_uv.partial_of(first, opened, task.call, check_cancelled) if first.fits else None
             for number, job in enumerate(task.jobs, 1):
                 partials = {job: partial} if partial else {}
                 (texture,) = infer_uv.make_batch([job], opened, partials, None, task.call, on_step, on_preview)

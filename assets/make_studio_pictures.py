@@ -3,23 +3,21 @@
 python assets/make_studio_pictures.py      # needs the test requirements and Chromium
 """
 
+import io
 import shutil
+import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import io
-
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-import infer_uv
+from common.files import PROJECT_ROOT
 from common.pictures import encode_image
 from models.checkpoints import EMBEDDED_CHECKPOINT
-from studio import Server, Studio
 
 OUT = Path(__file__).with_name("gallery")
 PROMPTS = ("a woman in a yellow dress", "a man in a red hoodie and blue jeans")
@@ -30,17 +28,14 @@ WORN = "count => document.querySelectorAll('#gallery li').length === count && !d
 
 
 def main():
-    args, _ = infer_uv.parse_args(["--checkpoint", str(EMBEDDED_CHECKPOINT)])
     with tempfile.TemporaryDirectory() as folder:
-        studio = Studio(infer_uv.load_pipeline(args, []), args, [], Path(folder))
-        server = Server("127.0.0.1", 0, studio)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            with sync_playwright() as driver:
-                take_pictures(driver, server.address)
-        finally:
-            server.shutdown()
-            studio.close()
+        command = [sys.executable, "studio.py", "--checkpoint", EMBEDDED_CHECKPOINT, "--port", "0", "--out", folder]
+        with subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, text=True) as studio:
+            try:
+                with sync_playwright() as driver:
+                    take_pictures(driver, studio.stdout.readline().split()[0])
+            finally:
+                studio.terminate()
 
 
 def take_pictures(driver, address: str) -> None:
@@ -54,13 +49,10 @@ def take_pictures(driver, address: str) -> None:
         page.click("#make")
         page.wait_for_function(WORN, arg=number)
         page.wait_for_function("() => document.querySelector('#body').dataset.shows")
-    page.wait_for_timeout(2000)
+    page.wait_for_timeout(2000)  # the body wears it
     for name, (width, height) in SIZES.items():
         page.set_viewport_size({"width": width, "height": height})
-        page.evaluate("scrollTo(0, 0)")
-        if name == "390":
-            page.locator("#stage").scroll_into_view_if_needed()
-            page.evaluate("document.querySelector('#stage').scrollIntoView()")
+        page.evaluate("scrollTo(0, 0)" if name == "1440" else "document.querySelector('#stage').scrollIntoView()")
         page.wait_for_timeout(500)
         with Image.open(io.BytesIO(page.screenshot())) as picture:
             (OUT / f"studio-{name}.webp").write_bytes(encode_image(picture, format="WEBP", quality=85))

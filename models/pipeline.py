@@ -156,12 +156,13 @@ class TexturePipeline:
         size: int | None = None,
         relight: bool | None = None,
         mirror_fill: bool | None = None,
+        on_step: Callable[[], None] = lambda: None,
     ) -> Image.Image:
         """What pictures of one person show of the texture → size x size RGBA, alpha how sure each texel is.
 
         sightings: for each picture where it shows the body, of `read_fit`, `read_iuv` or `find_body`; a fit that stands
-        a little off is moved to where the picture has an outline. Raises UserError when they show next to nothing of
-        the body.
+        a little off is moved to where the picture has an outline. on_step: called after each picture. Raises UserError
+        when they show next to nothing of the body.
         """
         settings = self.settings.changed(size=size, relight=relight, mirror_fill=mirror_fill)
         if len(images) != len(sightings):
@@ -175,6 +176,7 @@ class TexturePipeline:
                 sighting = sight_fit(self.body, fit, image.height, image.width, settings.size)
             pixels.append(pixels_from_image(image))
             sighted.append(sighting)
+            on_step()
         for number, sighting in enumerate(sighted, 1):
             share = len(sighting.texel) / uv_mask(self.body, settings.size).sum().item()
             if share < LEAST_SEEN:

@@ -27,7 +27,7 @@ from common.files import PROJECT_ROOT
 from common.pictures import encode_image, image_from_pixels
 from config.configuration import Render
 from render.rigs import load_rig
-from studio import LARGEST_UPLOAD, Order, Server, Studio
+from studio import LARGEST_FIT, LARGEST_UPLOAD, Order, Server, Studio
 
 AXE = PROJECT_ROOT / "tests" / "node_modules" / "axe-core" / "axe.min.js"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -223,6 +223,19 @@ def test_edits_uploads_are_checked(message, name, data, bare_server):
     assert not (visitor.masks or visitor.results or visitor.folder.exists())
 
 
+def test_a_visitor_keeps_so_many_uploads(bare_server, monkeypatch):
+    studio = bare_server.studio
+    token, visitor = studio.admit()
+    monkeypatch.setattr(studio_command, "MOST_UPLOADS", 1)
+    data = encode_image(Image.new("RGB", (8, 8), "red"), format="PNG")
+    for name in ("pictures", "results"):
+        statuses = [ask(bare_server, "POST", f"/api/{name}", data, token)[0] for _ in range(2)]
+        assert statuses == [200, 400], name
+    status, _, _ = ask(bare_server, "POST", "/api/fits/x", b"", token, Content_Length=str(LARGEST_FIT + 1))
+    assert status == 413
+    assert len(visitor.pictures) == len(visitor.results) == 1 and len(list(visitor.folder.rglob("*.png"))) == 2
+
+
 @pytest.fixture()
 def person(mesh):
     """A picture of a red box and how the box stands in it: a PNG and a JSON file's contents."""
@@ -257,8 +270,14 @@ def test_pictures_keep_their_own_pixels_where_each_has_a_fit(studio, visitor, pe
         with pytest.raises(UserError, match=message):
             studio.start(visitor, Order(pictures=keys, **order))
     monkeypatch.setattr(Studio, "finds_bodies", True)
-    (found_by_map,) = finished(studio, visitor, pictures=keys, fits=["auto", "file"])
-    assert sightings == [SIZE] and studio.description(visitor, found_by_map)["fits"][0] == infer_uv.AUTO
+    (looked_for,) = finished(studio, visitor, pictures=keys, fits=["auto", "file"])
+    assert sightings == [SIZE] and studio.description(visitor, looked_for)["fits"][0] == infer_uv.AUTO
+
+    monkeypatch.setattr(studio.pipeline, "find_body", lambda image, size: studio.cancel(visitor) or sighted)
+    monkeypatch.setattr("models.pipeline.merge", lambda *given: pytest.fail("it went on after the first picture"))
+    task = studio.start(visitor, Order(pictures=keys, fits=["auto", "file"]))
+    wait_for(lambda: task not in studio.queue)
+    assert task.state == "cancelled" and task.step == 0
 
 
 def test_a_fit_is_checked_when_it_comes(bare_server, person):
@@ -369,10 +388,18 @@ def test_two_visitors_see_nothing_of_each_other(studio, server, textures):
         assert ask(server, "GET", path, token=other_token)[0] == 400
         assert ask(server, "GET", path)[0] == ask(server, "GET", path, token="guessed")[0] == 403
     assert ask(server, "DELETE", f"/api/pictures/{picture}", token=other_token)[0] == 400
-    assert json.loads(ask(server, "GET", "/api/state", token=other_token)[2]) == {"task": None, "results": []}
+    mask = studio.add_mask(mine, painted(16, (2, 2, 9, 9)))["id"]
+    texture = studio.add_texture(mine, (textures / "2.png").read_bytes(), "2.png")["id"]
+    theirs = studio.add_texture(other, (textures / "2.png").read_bytes(), "2.png")["id"]
+    for order, missing in (({"edited": texture}, "texture"), ({"edited": theirs, "mask": mask}, "painted region")):
+        with pytest.raises(UserError, match=f"this {missing} is not there"):
+            studio.start(other, Order(prompt="a man", **order))
+    assert ask(server, "GET", "/api/preview", token=token)[0] == 200
+    assert ask(server, "GET", "/api/preview", token=other_token)[0] == 400
+    assert json.loads(ask(server, "GET", "/api/state", token=other_token)[2]) == {"task": None, "results": [theirs]}
     with pytest.raises(UserError, match="this picture is not there"):
         studio.start(other, Order(pictures=[picture]))
-    assert mine.pictures and not other.results
+    assert mine.pictures and list(other.results) == [theirs]
 
 
 def test_nothing_but_the_page_and_ones_own_textures_is_read(studio, server):
