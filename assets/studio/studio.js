@@ -320,6 +320,8 @@ async function show(id) {
   $("details").hidden = false;
   $("texture").src = `/api/results/${id}/png`;
   for (const each of $("region").options) each.disabled = false;
+  await describe(id);
+  if (shown !== id) return;
   showDownloads();
   await Promise.all([showSettings(), showBody()]);
 }
