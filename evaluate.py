@@ -31,12 +31,14 @@ from config.configuration import DEFAULT_CONFIG, dotted_overrides, load_config
 from evaluation.comparison import compare, comparison_table
 from evaluation.report import summary
 from evaluation.running import evaluate_model, evaluate_textures
+from models.fast import STEPS
 
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made = parser.add_argument_group("what is measured")
     made.add_argument("--checkpoint", help="checkpoint folder (default: the newest under output.out_dir)")
+    made.add_argument("--fast", type=int, choices=STEPS, help="so few steps, by the checkpoint's fast adapter")
     made.add_argument("--base", action="store_true", help="the configured base without LoRA and aligner")
     made.add_argument("--textures", help="a folder of textures that another system made, or a table as ATLAS has it")
     made.add_argument(
@@ -62,8 +64,10 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--limit must be 1 or more")
     if args.base and args.checkpoint:
         raise UserError("--base measures no checkpoint: give one of the two")
-    if args.textures and (args.base or args.checkpoint):
-        raise UserError("--textures are made already: leave out --checkpoint and --base")
+    if args.fast and args.base:
+        raise UserError("--base has no fast adapter: give a --checkpoint")
+    if args.textures and (args.base or args.checkpoint or args.fast):
+        raise UserError("--textures are made already: leave out --checkpoint, --base and --fast")
     if args.prompts and not args.textures:
         raise UserError("--prompts belong to --textures; a checkpoint is measured on the prompts of --data")
     if args.base and args.task == "i2uv":

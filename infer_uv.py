@@ -20,6 +20,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from common.text import read_lines
 from config.configuration import DEFAULT_CONFIG, dotted_overrides
 from models.adapters import parse_adapter, weights_hash
 from models.diffusion import SAMPLERS
+from models.fast import FEWEST, STEPS, fast_weights_hash
 from models.generation import check_takes_pictures, prompt_length
 from models.pipeline import TexturePipeline, read_mask
 from models.settings import (
@@ -64,12 +66,15 @@ HASHED = {
     "pictures": "images",
     "edited": "init_texture",
     "adapter_weights": "adapter",
+    "fast_weights": "fast",
     "fitted": "fits",
 }
 ASKED = ("num_inference_steps", "sampler", "guidance_scale", "text_guidance", "image_guidance", "negative_prompt",
          "img_weight", "eta", "strength", "size", "seam_fix", "relight", "mirror_fill")  # fmt: skip
+# What --fast decides.
+SLOW = ("num_inference_steps", "sampler", "guidance_scale", "text_guidance", "image_guidance", "negative_prompt", "eta")
 # Of --settings.
-REPEATED = ("prompt", "seed", "init_texture", "mask", "checkpoint", "lora", "aligner", "adapter", "config")
+REPEATED = ("prompt", "seed", "init_texture", "mask", "checkpoint", "lora", "aligner", "adapter", "fast", "config")
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespa
     )
     model.add_argument("--config", help=f"names the base of weights that do not say theirs (default: {DEFAULT_CONFIG})")
     sampling = parser.add_argument_group("sampling (default: as the checkpoint says)")
+    sampling.add_argument("--fast", type=int, nargs="?", const=FEWEST, choices=STEPS, help="so few steps, without "
+                          f"guidance, by the checkpoint's fast adapter (alone: {FEWEST}; see distill.py)")  # fmt: skip
     sampling.add_argument("--steps", type=int, dest="num_inference_steps", help="denoising steps")
     sampling.add_argument("--guidance-scale", type=float, help="1 is none")
     sampling.add_argument("--negative-prompt", help="what to keep away from")
@@ -194,6 +201,9 @@ def check(args: argparse.Namespace) -> None:
     if args.aligner and not args.lora:
         raise UserError("--aligner needs --lora; a --checkpoint brings its own aligner")
     check_ranges(vars(args), lambda name: f"--{name.removeprefix('num_inference_').replace('_', '-')}")
+    if args.fast and (args.lora or any(getattr(args, name) is not None for name in SLOW)):
+        options = ", ".join(f"--{name.removeprefix('num_inference_').replace('_', '-')}" for name in SLOW)
+        raise UserError(f"--fast is a checkpoint's own way of sampling: leave out --lora, {options}")
     if min(args.num, args.batch_size) < 1:
         raise UserError("--num and --batch-size must be 1 or more")
     if not 0 <= args.seed < 2**62:
@@ -311,7 +321,7 @@ def load_pipeline(args: argparse.Namespace, overrides: list[str]) -> TexturePipe
         overrides = [*overrides, f"training.device=cuda:{processes.local_rank()}"]
     config = args.config or DEFAULT_CONFIG
     pipeline = TexturePipeline.from_pretrained(
-        args.checkpoint, config, overrides, args.lora, args.aligner, args.adapter or ()
+        args.checkpoint, config, overrides, args.lora, args.aligner, args.adapter or (), args.fast
     )
     if args.images or args.image:
         check_takes_pictures(pipeline.trained)
@@ -327,6 +337,11 @@ def resolve_settings(args: argparse.Namespace, earlier: dict, pipeline: TextureP
     if asked["strength"] is None and not masked_before:
         asked["strength"] = MASKED_STRENGTH
     settings = earlier.get("settings", pipeline.settings).changed(**asked)
+    if args.fast:
+        own = pipeline.settings
+        settings = settings.changed(
+            num_inference_steps=own.num_inference_steps, sampler=own.sampler, guidance_scale=own.guidance_scale
+        )
     if settings.num_inference_steps > pipeline.trained.base.noise_scheduler.config.num_train_timesteps:
         raise UserError(f"--steps {settings.num_inference_steps} is more than the base's noise schedule has")
     return settings
@@ -347,6 +362,8 @@ def shared_description(args: argparse.Namespace, overrides: list[str], settings:
         "aligner": args.aligner,
         "adapter": args.adapter,
         "adapter_weights": adapters_hash(args.adapter),
+        "fast": args.fast,
+        "fast_weights": args.fast and fast_weights_hash(Path(pipeline.origin)),
         "config": args.config,
         "iuv_table": args.iuv_table,
         "overrides": overrides,
@@ -528,8 +545,9 @@ def partial_of(job: Job, opened: dict[str, Image.Image], call: Call, on_step=lam
 
 def make_all(jobs: list[Job], call: Call, earlier_batch: tuple[int, int] | None, batch_size: int) -> list[str]:
     """Makes and writes the textures → what is wrong with the pictures that were left out."""
-    skipped = []
+    skipped, written = [], []
     bar = progress(total=len(jobs), desc="textures", unit="texture", hidden=not call.is_list)
+    writer = ThreadPoolExecutor(1)  # files are written, and bodies exported, while the next batch is made
     for group in batches(jobs, batch_size, call.pipeline):
         usable, opened, damaged = open_pictures(group)
         usable, partials, misfits = keep_own_pixels(usable, opened, call)
@@ -542,11 +560,21 @@ def make_all(jobs: list[Job], call: Call, earlier_batch: tuple[int, int] | None,
             steps = progress(total=count, desc="denoising", unit="step", hidden=call.is_list)
             textures = make_batch(usable, opened, partials, earlier_batch, call, steps.update)
             steps.close()
+            finish_writing(written)
             for row, (job, texture) in enumerate(zip(usable, textures)):
-                write_job(job, texture, partials.get(job), earlier_batch or (row, len(usable)), call)
+                batch = earlier_batch or (row, len(usable))
+                written.append(writer.submit(write_job, job, texture, partials.get(job), batch, call))
         bar.update(len(group))
+    finish_writing(written)
+    writer.shutdown()
     bar.close()
     return skipped
+
+
+def finish_writing(written: list[Future]) -> None:
+    """Waits for files on their way; raises what went wrong with one."""
+    while written:
+        written.pop(0).result()
 
 
 def write_job(job: Job, texture: Image.Image, partial: Image.Image | None, batch: tuple[int, int], call: Call) -> None:

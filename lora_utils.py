@@ -23,6 +23,7 @@ from common.files import write_whole
 from common.text import parse_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+FAST_FOLDER = "fast"  # in a checkpoint: its fast adapter (models/fast.py)
 ADAPTER_FILE = "adapter.json"  # of a personal adapter (models/adapters.py): the base it is for, its word
 IMAGE_ENCODER_LORA_FILE = "image_encoder_lora.safetensors"  # its own: Stable Diffusion pipelines have no such encoder
 ADAPTED = ("unet", "text_encoder")  # in LORA_FILE

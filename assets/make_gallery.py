@@ -46,7 +46,7 @@ def main():
         settings = model.cfg.inference
         steps, negative = settings.num_inference_steps, settings.negative_prompt
         generated = generate(model, states, negative, [SEED], steps, settings.guidance_scale)
-        return finish_texture(generated[0], rig.body)
+        return finish_texture(generated[0], rig.body, seam_fix=True)
 
     before_after = []
     for number, prompt in enumerate(PROMPTS, 1):

@@ -2,14 +2,18 @@
 
     python benchmarks/bench_infer.py                 # the embedded checkpoint
     python benchmarks/bench_infer.py --compile       # both UNets compiled
+    python benchmarks/bench_infer.py --fast 4        # against diffusers at 20 steps with guidance, and the command
 
 Medians of --rounds; what is compared is UNet and autoencoder alone, without the finishing at 1024 texels, which is
-given beside it.
+given beside it. The last line is JSON.
 """
 
 import argparse
+import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,10 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from diffusers import StableDiffusionPipeline
 
+from common.files import PROJECT_ROOT
 from common.processes import keep_freed_memory
+from config.configuration import load_config
 from models.base import resolve_source
-from models.checkpoints import EMBEDDED_CHECKPOINT
+from models.checkpoints import CONFIG_FILE, EMBEDDED_CHECKPOINT
 from models.diffusion import autocast, inference_scheduler, resolve_precision
+from models.fast import STEPS
 from models.generation import finish_texture, generate, prompt_condition
 from models.pipeline import TexturePipeline
 from training.monitoring import peak_memory
@@ -39,20 +46,32 @@ def seconds(function, device: torch.device) -> float:
     return time.perf_counter() - began
 
 
+def seconds_of_the_command(checkpoint: str, fast: int | None) -> float:
+    """From the command to the written PNG of 1024 texels, a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(PROJECT_ROOT / "infer_uv.py"), "--checkpoint", str(checkpoint)]
+        command += ["--prompt", PROMPT, "--out", str(Path(folder, "texture.png"))]
+        command += ["--fast", str(fast)] if fast else []
+        began = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        return time.perf_counter() - began
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=EMBEDDED_CHECKPOINT)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--fast", type=int, choices=STEPS, help="ours by the fast adapter, theirs as without")
     args = parser.parse_args()
     keep_freed_memory()
 
-    pipeline = TexturePipeline.from_pretrained(args.checkpoint)
-    trained = pipeline.trained
+    pipeline = TexturePipeline.from_pretrained(args.checkpoint, fast=args.fast)
+    trained, theirs_cfg = pipeline.trained, load_config(Path(args.checkpoint) / CONFIG_FILE)
     settings, base, device = trained.cfg.inference, trained.base, trained.base.device
     plain = StableDiffusionPipeline.from_pretrained(resolve_source(trained.cfg.model.pretrained_model))
     plain.load_lora_weights(args.checkpoint)
-    plain.scheduler = inference_scheduler(base.noise_scheduler, settings.sampler)
+    plain.scheduler = inference_scheduler(base.noise_scheduler, theirs_cfg.inference.sampler)
     plain.set_progress_bar_config(disable=True)
     plain.to(device, base.unet.dtype)
     if args.compile:
@@ -61,7 +80,10 @@ def main():
     side = trained.cfg.data.resolution or base.native_resolution
     precision = resolve_precision(trained.cfg.training.mixed_precision, device)
     steps, guidance_scale = settings.num_inference_steps, settings.guidance_scale
-    sampling = dict(num_inference_steps=steps, guidance_scale=guidance_scale, height=side, width=side)
+    slow = theirs_cfg.inference
+    sampling = dict(num_inference_steps=slow.num_inference_steps, guidance_scale=slow.guidance_scale)
+    sampling.update(height=side, width=side)
+    result, prefix = {}, "fast_" if args.fast else ""
 
     for rows in (1, 8):
 
@@ -80,10 +102,15 @@ def main():
         pairs = [(seconds(ours, device), seconds(theirs, device)) for _ in range(args.rounds)]
         mine, other = (statistics.median(times) / rows for times in zip(*pairs))
         ratio = statistics.median(there / here for here, there in pairs)
+        result[prefix + ("speedup" if rows == 1 else "batch_speedup")] = round(ratio, 2)
         print(f"{rows} at once: {mine:.2f} s a texture, plain diffusers {other:.2f} s, {ratio:.2f} times as fast")
     texture = ours(1)[0]
     print(f"finishing at 1024 texels: {seconds(lambda: finish_texture(texture, pipeline.body), device):.2f} s")
+    command_seconds = [seconds_of_the_command(args.checkpoint, args.fast) for _ in range(args.rounds)]
+    result["seconds_command"] = round(statistics.median(command_seconds), 2)
+    print(f"the whole command, to a PNG of 1024 texels: {result['seconds_command']:.2f} s")
     print(f"peak memory {(peak_memory(device) or 0) / 1e9:.2f} GB, both models loaded")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,13 @@ seed: VAE, text encoder and CLIP in each step, two UNet passes with gradient che
 the structure of its text-to-image LoRA script once a task: VAE and encoder in each pass, no checkpointing, an AdamW
 step each. Their arithmetic is right, and each reads a row once. Every variant takes a step in turn, in one process on
 the same rows; medians. The last line is JSON.
+
+    python benchmarks/bench_train.py --shared                 # alone, and beside a process that keeps one core busy
 """
 
 import argparse
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -160,6 +163,41 @@ def seconds_to_first_step(settings: list[str]) -> float:
     return seconds
 
 
+def seconds_of_a_step(settings: list[str], threads: int | None, is_shared: bool) -> float:
+    """Median of a run of its own, alone or beside a process that never rests. threads: None is what joint.py
+    chooses."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    command = [sys.executable, __file__, "--own-steps", *settings]
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if is_shared else None
+    try:
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return float(result.stdout.splitlines()[-1])
+    finally:
+        if busy:
+            busy.kill()
+
+
+def shared_machine(settings: list[str], rounds: int) -> dict[str, float]:
+    """How a step slows down beside one busy process, with a thread for each core and as joint.py chooses; and what the
+    choice costs alone. Medians of rounds, in turn."""
+    cases = {(threads, is_shared): [] for threads in (os.cpu_count(), None) for is_shared in (False, True)}
+    for _ in range(rounds):
+        for (threads, is_shared), seconds in cases.items():
+            seconds.append(seconds_of_a_step(settings, threads, is_shared))
+    step = {case: statistics.median(seconds) for case, seconds in cases.items()}
+    for (threads, is_shared), seconds in step.items():
+        where = "beside a busy process" if is_shared else "alone"
+        print(f"{f'{threads} threads' if threads else 'as joint.py chooses'}, {where}: {seconds:.3f} s")
+    alone = step[os.cpu_count(), False]
+    return {
+        "contended_slowdown": round(step[None, True] / alone, 2),
+        "contended_slowdown_all_threads": round(step[os.cpu_count(), True] / alone, 2),
+        "idle_cost": round(step[None, False] / alone - 1, 3),
+    }
+
+
 def overhead(ours: Ours, step_seconds: float, device: torch.device) -> float:
     """Share of a run that logging and checkpointing take at the configured intervals."""
     output = ours.run.cfg.output
@@ -177,11 +215,18 @@ def main():
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each variant")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[], help="also ours, paired, at each of these")
+    parser.add_argument("--shared", action="store_true", help="only: beside a busy process, on the CPU")
+    parser.add_argument("--rounds", type=int, default=3, help="of --shared")
+    parser.add_argument("--own-steps", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--architecture", choices=("embedded", "sd15"), help="default: sd15 where there is CUDA")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     architecture = args.architecture or ("sd15" if device.type == "cuda" else "embedded")
     datasets.disable_progress_bars()
+    if args.own_steps is not None:
+        one = {"ours": Ours(set_up(load_config(DEFAULT_CONFIG, args.own_steps), "joint"))}
+        print(medians(one, args.steps, device)[0]["ours"])
+        return
 
     with exit_on_user_error(), tempfile.TemporaryDirectory() as work:
         settings = [
@@ -202,6 +247,12 @@ def main():
                 "model.aligner.heads=12",
                 "model.lora.target_modules=[to_q, to_k, to_v, to_out.0]",
             ]
+
+        if args.shared:
+            batch = [f"training.joint.{key}={args.batch_size}" for key in ("batch_size", "effective_batch_size")]
+            set_up(load_config(DEFAULT_CONFIG, [*settings, *batch]), "joint")  # builds what all of them read
+            print(json.dumps(shared_machine([*settings, *batch], args.rounds)))
+            return
 
         def open_run(batch_size: int, *overrides: str) -> Run:
             batch = [f"training.joint.{key}={batch_size}" for key in ("batch_size", "effective_batch_size")]

@@ -11,9 +11,11 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -38,6 +40,40 @@ def local_rank() -> int:
 def cores() -> int:
     """This process's share of the machine's cores."""
     return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def busy_cores(seconds: float = 0.25) -> float:
+    """How many cores other processes keep busy, measured that long; 0.0 where the system does not tell."""
+    began = _busy_seconds()
+    if began is None:
+        return 0.0
+    time.sleep(seconds)
+    own, others = (after - before for after, before in zip(_busy_seconds(), began))
+    return max(0.0, others - own) / seconds
+
+
+def _busy_seconds() -> tuple[float, float] | None:
+    """Of this process, and of all cores together, since they began."""
+    try:
+        user, nice, system = Path("/proc/stat").read_text().split()[1:4]
+    except (OSError, ValueError):
+        return None
+    return time.process_time(), (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def leave_busy_cores() -> None:
+    """Has torch compute with one thread for each core that others leave free, unless OMP_NUM_THREADS says how many.
+
+    Threads that wait for each other spin: where one of them has lost its core to another process, the others spin while
+    it is not even running, and a training step takes several times as long as with fewer threads.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    threads = torch.get_num_threads()
+    free = round((os.cpu_count() or 1) - busy_cores())
+    if free < threads:
+        torch.set_num_threads(max(1, free))
+        say(f"other processes keep {threads - free} of {threads} cores busy: computing with {torch.get_num_threads()}")
 
 
 def is_main() -> bool:

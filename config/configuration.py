@@ -51,7 +51,7 @@ Share = Annotated[Number, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", validate_default=True, strict=True, protected_namespaces=())
 
 
 class LoRA(Section):
@@ -137,6 +137,18 @@ class PersonalSchedule(Schedule):
     condition_dropout: Share = 0.0  # the empty prompt is one of the prior's: it must not learn the person
 
 
+class FastSchedule(Schedule):
+    """How distill.py trains; alpha weighs prompts, beta pictures."""
+
+    schedule: Literal["alternate", "paired"] = "paired"
+    batch_size: Positive = 6
+    effective_batch_size: Positive = 6
+    max_steps: Positive | None = 300
+    learning_rate: Annotated[Number, Field(gt=0)] = 1e-3
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 10
+    condition_dropout: Share = 0.0  # there is no guidance that would need it
+
+
 class Training(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "auto"  # auto: CUDA where there is one
@@ -151,6 +163,7 @@ class Training(Section):
     t2uv: Schedule = Schedule()
     i2uv: Schedule = Schedule()
     personal: PersonalSchedule = PersonalSchedule()
+    fast: FastSchedule = FastSchedule()
 
     @model_validator(mode="before")
     @classmethod
@@ -261,10 +274,21 @@ class Personal(Section):
     num_inference_steps: Positive = 10  # of those
 
 
+class Fast(Section):
+    """What distill.py trains: a LoRA with which a checkpoint needs few steps, and no guidance."""
+
+    checkpoint: str | None = None  # whose; null: this is no such run
+    r: Positive = 8
+    alpha: Annotated[Number, Field(gt=0)] = 8
+    windows: Positive = 4  # of the timesteps, each a step of inference
+    teacher_steps: Positive = 3  # of each window, with guidance
+
+
 class Config(Section):
     model: Model = Model()
     training: Training = Training()
     personal: Personal = Personal()
+    fast: Fast = Fast()
     data: Data = Data()
     output: Output = Output()
     inference: Inference = Inference()

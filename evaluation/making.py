@@ -152,6 +152,7 @@ def make_batch(trained: TrainedModel, jobs: list[Job], pictures: list[Image.Imag
             settings.negative_prompt,
             seeds,
             settings.num_inference_steps,
+            sampler=settings.sampler,
             shares=shares_of(conditions, settings),
         )
     textures = textures.float().cpu()

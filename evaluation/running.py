@@ -30,6 +30,7 @@ from lora_utils import merge_lora
 from models.base import load_configured_base, pick_device
 from models.checkpoints import STATE_FILE, TrainedModel, load_checkpoint, newest_checkpoint
 from models.diffusion import frozen_dtype, resolve_precision
+from models.fast import fast_weights_hash, load_fast
 
 PAGE = "report.html"
 
@@ -44,6 +45,8 @@ def load_model(args: argparse.Namespace, cfg: Config, overrides: list[str]) -> t
         folder = Path(args.checkpoint) if args.checkpoint else newest_checkpoint(cfg.output.out_dir)
         own_device = [f"training.device={device}"] if processes.world_size() > 1 else []
         trained = load_checkpoint(folder, [*overrides, *own_device])
+        if args.fast:
+            trained = load_fast(trained, folder, args.fast)
         state = folder / STATE_FILE
         step = parse_json(state.read_text())["global_step"] if state.is_file() else 0
     merge_lora(trained.base)
@@ -72,7 +75,10 @@ def evaluate_model(args: argparse.Namespace, cfg: Config, overrides: list[str]) 
         samples.skipped.append(f"i2uv: data set {samples.name} has no renders")
         tasks = ["t2uv"]
     jobs = jobs_for(samples, tasks, judge is not None)
-    count = make_textures(trained, jobs, out, model_description(trained, folder))
+    description = model_description(trained, folder)
+    if args.fast:
+        description["fast"] = fast_weights_hash(folder)
+    count = make_textures(trained, jobs, out, description)
     if not processes.is_main():
         return None
     print(f"{count} textures made here, {len(jobs)} in all, in {out / 'textures'}", flush=True)
@@ -82,6 +88,8 @@ def evaluate_model(args: argparse.Namespace, cfg: Config, overrides: list[str]) 
 
     procedural = evaluate(judge, made, tasks) if judge else {}
     about = {"checkpoint": folder and str(folder), "base": trained.cfg.model.pretrained_model, "global_step": step}
+    if args.fast:
+        about["fast"] = args.fast
     textures = {task: lambda number, task=task: made(task, number) for task in tasks}
     return measure_and_write(args, samples, textures, about, procedural, str(trained.base.device))
 

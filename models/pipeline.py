@@ -24,6 +24,7 @@ from models.base import resolve_source
 from models.body_map import load_body_map
 from models.checkpoints import TrainedModel, load_trained, newest_checkpoint
 from models.diffusion import autocast, decode_latents, encode_posterior, resolve_precision
+from models.fast import load_fast
 from models.generation import conditions_of, finish_texture, generate_guided, joined, shares_of
 from models.interchange import load_any
 from models.settings import MASKED_STRENGTH, GenerationSettings
@@ -56,12 +57,13 @@ class TexturePipeline:
         lora: str | Path | None = None,
         aligner: str | Path | None = None,
         adapters: Sequence[str] = (),
+        fast: int | None = None,
     ) -> "TexturePipeline":
         """A checkpoint of any layout that interchange.py knows; None is the newest of your own, or the embedded one.
 
         config, overrides: name the base for weights that do not say theirs. lora, aligner: two files instead of a
-        checkpoint. adapters: personal ones on its top, DIR or DIR:weight each. Raises UserError for what cannot be
-        loaded.
+        checkpoint. adapters: personal ones on its top, DIR or DIR:weight each. fast: so many steps without guidance, by
+        the checkpoint's fast adapter. Raises UserError for what cannot be loaded.
         """
         overrides = list(overrides)
         cfg = load_config(config, overrides)
@@ -73,6 +75,8 @@ class TexturePipeline:
             trained = load_any(origin, cfg, overrides)
         if adapters:
             load_adapters(trained.base, [parse_adapter(adapter) for adapter in adapters], weights_hash(origin))
+        if fast:
+            trained = load_fast(trained, origin, fast)
         return cls(trained, str(origin))
 
     @torch.no_grad()

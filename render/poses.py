@@ -6,6 +6,7 @@ applied in the order z, y, x at the joint, relative to the resting pose. Angles 
 
 import numpy as np
 import torch
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from render.bodies import load_anny
@@ -81,6 +82,27 @@ def sample_pose(rng: np.random.Generator, family: str | None = None) -> dict[str
             turn("lowerarm01" + side, x=-rng.uniform(0, 45))
         turn("wrist" + side, spread=6)
     return pose
+
+
+# Joints of SMPL's body pose, without the root, which each of ours turns.
+SMPL_JOINTS = {
+    "upperleg01.L": 0, "upperleg01.R": 1, "spine05": 2, "lowerleg01.L": 3, "lowerleg01.R": 4, "spine03": 5,
+    "foot.L": 6, "foot.R": 7, "spine01": 8, "neck01": 11, "head": 14, "upperarm01.L": 15, "upperarm01.R": 16,
+    "lowerarm01.L": 17, "lowerarm01.R": 18, "wrist.L": 19, "wrist.R": 20,
+}  # fmt: skip
+HANGING = 45  # degrees below SMPL's, at rest: SMPL's arms stand out
+
+
+def smpl_pose(pose: dict[str, np.ndarray]) -> np.ndarray:
+    """A pose of `sample_pose` for SMPL's joints: (156,) axis-angle, root 3, body 63, hands 90, in radians."""
+    body = np.zeros((21, 3))
+    for bone, degrees in pose.items():
+        turned = rotation(degrees).double().numpy()
+        if bone.startswith(("upperarm", "lowerarm", "wrist")):
+            hanging = rotation(np.array([0, 0, HANGING if bone.endswith(".R") else -HANGING])).double().numpy()
+            turned = turned @ hanging if bone.startswith("upperarm") else hanging.T @ turned @ hanging
+        body[SMPL_JOINTS[bone]] = Rotation.from_matrix(turned).as_rotvec()
+    return np.concatenate([np.zeros(3), body.reshape(-1), np.zeros(90)]).astype(np.float32)
 
 
 def sample_phenotype(rng: np.random.Generator) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from render.bodies import Body, load_anny_body, read_obj
-from render.poses import FAMILIES, JOINTS, PHENOTYPE_AXES, anny_vertices, sample_phenotype, sample_pose
+from render.poses import FAMILIES, JOINTS, PHENOTYPE_AXES, anny_vertices, sample_phenotype, sample_pose, smpl_pose
 from render.smpl import KINDS, is_readable_motion, load_smpl_body, motion, motion_files, smpl_vertices, split_spec
 
 
@@ -111,26 +111,31 @@ def _frame_of(file: Path, rng: np.random.Generator) -> dict:
 
 
 class SmplRig(StillRig):
-    """pose: (156,) axis-angle, root, body and hands; shape: betas. From AMASS, or at rest with shapes of their own."""
+    """pose: (156,) axis-angle, root, body and hands; shape: betas. From AMASS, or Anny's poses or rest ("own", "rest")
+    with shapes of their own."""
 
-    def __init__(self, spec: str, motions: str | None):
+    def __init__(self, spec: str, poses: str):
         super().__init__(spec)
-        self.spec, self.motions = spec, motions
+        self.spec, self.poses = spec, poses
 
     def sample(self, rng: np.random.Generator) -> dict:
-        if self.motions is None:
-            return _resting(rng.normal(0, 1, SHAPE_COEFFICIENTS).clip(-2, 2).tolist())
-        files = list(motion_files(self.motions))
+        if self.poses in ("own", "rest"):
+            resting = _resting(rng.normal(0, 1, SHAPE_COEFFICIENTS).clip(-2, 2).tolist())
+            return resting if self.poses == "rest" else {**resting, "pose": smpl_pose(sample_pose(rng)).tolist()}
+        files = list(motion_files(self.poses))
         while files:
             file = files[rng.integers(len(files))]
             if is_readable_motion(file):
                 return _frame_of(file, rng)
             files.remove(file)
-        raise UserError(f"no file in {self.motions} can be read as an AMASS motion")
+        raise UserError(f"no file in {self.poses} can be read as an AMASS motion")
 
     def named_pose(self, name: str, seed: int) -> dict:
         if name == "rest":
             return _resting([0.0] * SHAPE_COEFFICIENTS)
+        if name in FAMILIES:
+            pose = smpl_pose(sample_pose(np.random.default_rng(seed), name)).tolist()
+            return {**_resting([0.0] * SHAPE_COEFFICIENTS), "pose": pose}
         return _frame_of(Path(name), np.random.default_rng(seed))
 
     def vertices(self, poses: list[dict]) -> Tensor:
@@ -151,5 +156,5 @@ def load_rig(spec: str, poses: str = "own") -> StillRig:
     if kind in KINDS:
         if motions:
             motion_files(motions)
-        return SmplRig(spec, motions)
+        return SmplRig(spec, poses)
     return AnnyRig(spec) if spec == "anny" and poses == "own" else StillRig(spec)

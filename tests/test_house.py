@@ -21,6 +21,7 @@ FLOORS = (
 COMMANDS = {"atlas_dataset/build_atlas_large.py", "render/render_turntable.py", "models/publish.py"}
 ROOT_FILES = {
     "joint.py", "t2uv.py", "i2uv.py", "infer_uv.py", "studio.py", "evaluate.py", "lora_utils.py", "personalise.py",
+    "distill.py",
 }  # fmt: skip
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -4,6 +4,7 @@ A batch flows: texture → latents → noisy_latents → noise_pred → a loss f
 optimiser step → checkpoint.
 """
 
+import gc
 import itertools
 import statistics
 import time
@@ -69,6 +70,9 @@ def train(
         check_writable(run.folder)
         check_writable(output.log_dir)
         log, steps = RunLog(run), steps_to_go(run)
+        began, first_step = time.perf_counter(), run.global_step + 1
+        gc.collect()
+        gc.freeze()  # models and data set live to the end: what is collected later need not walk through them
 
     with StopRequest(says_so=processes.is_main()) as stop:
         for global_step in steps:
@@ -78,6 +82,8 @@ def train(
                 raise diverged(run, global_step, checkpoint, prompts)
             run.global_step = global_step
             log.step(losses)
+            if cfg.model.compile and global_step == first_step:
+                processes.say(f"\ncompiled, and a first step taken, in {time.perf_counter() - began:.0f} s")
 
             is_last = global_step == run.total_steps
             is_stopping = processes.any_process(stop.requested, run.base.device)
@@ -223,7 +229,8 @@ def save(run: Run) -> Path:
         state = run.state()
         with run.averaged():
             adapter = adapter_of(run.cfg) if run.task == "personal" else None
-            save_checkpoint(folder, run.cfg, run.task, run.global_step, run.base, run.aligner, state, adapter)
+            aligner = None if run.task == "fast" else run.aligner  # the checkpoint's own, which stays as it is
+            save_checkpoint(folder, run.cfg, run.task, run.global_step, run.base, aligner, state, adapter)
         drop_old_checkpoints(run.folder, run.cfg.output.keep_last)
     processes.wait()
     return folder

@@ -82,10 +82,15 @@ def forward_losses(
             null_states = encode_prompts(run.base, [""])
 
     noise, timesteps, encoder_hidden_states, losses = [], [], [], {}
+    scales = []  # of the task "fast"
     rows_of_kinds = []  # of the task "personal"
     for kind in kinds:
         noise.append(draws.normal(latents.shape[1:]).to(latents))  # (B, 4, H/8, W/8)
-        timesteps.append(draws.integers(num_train_timesteps).to(latents.device))  # (B,)
+        if run.shortcuts:
+            timesteps.append(run.shortcuts.timesteps_of(draws, num_train_timesteps))  # (B,)
+            scales.append(torch.full((len(latents),), run.shortcuts.scales[kind], device=latents.device))  # (B,)
+        else:
+            timesteps.append(draws.integers(num_train_timesteps).to(latents.device))  # (B,)
         states = text_states  # (B, L, D)
         if run.lessons:
             with autocast(run.base.device, run.precision):
@@ -110,6 +115,11 @@ def forward_losses(
         teacher = teacher_states, torch.cat([rows.share for rows in rows_of_kinds])
     else:
         latents = latents.repeat(len(kinds), 1, 1, 1)  # (K B, 4, H/8, W/8)
+    if run.shortcuts:
+        with autocast(run.base.device, run.precision):
+            latents, noise = run.shortcuts.straightened(
+                latents, noise, timesteps, encoder_hidden_states, torch.cat(scales)
+            )
     errors = denoising_errors(run, latents, noise, timesteps, encoder_hidden_states, teacher)  # (K B,)
     if min_snr_gamma := run.cfg.training.min_snr_gamma:
         errors = errors * min_snr_weight(noise_scheduler, timesteps, min_snr_gamma)

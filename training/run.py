@@ -27,6 +27,7 @@ from render.bodies import Body
 from render.rigs import load_body
 from render.uv_space import uv_mask
 from training.caching import use_caches
+from training.fast import Shortcuts, add_fast
 from training.launcher import check_launch, launched_device, launched_precision
 from training.personal import Lessons, Watch, add_personal, build_examples, make_lessons, make_watch
 from training.tasks import CONDITIONS
@@ -63,6 +64,7 @@ class Run:
     null_states: Tensor | None  # (1, L, D) of the empty prompt; None: it is being trained
     lessons: Lessons | None = None  # of the task "personal", as is the next
     watch: Watch | None = None
+    shortcuts: Shortcuts | None = None  # of the task "fast"
     global_step: int = 0
     skipped: int = 0  # steps in a row whose gradient was not finite
 
@@ -156,6 +158,7 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
     schedule, settings = getattr(cfg.training, task), cfg.training
     _check_divides(schedule, task)
     processes.keep_freed_memory()
+    processes.leave_busy_cores()
     check_launch()
     device = processes.join(pick_device(launched_device(settings.device)))
     precision = resolve_precision(launched_precision(settings.mixed_precision), device)
@@ -191,11 +194,14 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
     lr_scheduler = make_lr_scheduler(optimizer, schedule, total_steps)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     ema = EMAModel(parameters, decay=settings.ema_decay) if settings.ema_decay else None
-    lessons = watch = None
+    lessons = watch = shortcuts = None
     if task == "personal":
         with autocast(device, precision):
             lessons = make_lessons(cfg, base, body, dataset.resolution)
             watch = make_watch(cfg, base, body, dataset)
+    if task == "fast":
+        with torch.no_grad(), autocast(device, precision):
+            shortcuts = Shortcuts.of(cfg, base)
     return Run(
         cfg=cfg,
         task=task,
@@ -215,6 +221,7 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
         null_states=null_states,
         lessons=lessons,
         watch=watch,
+        shortcuts=shortcuts,
     )
 
 
@@ -244,6 +251,11 @@ def _add_trained(cfg: Config, task: str, base: BaseModel) -> tuple[torch.nn.Modu
         processes.copy_from_main([parameter.data for group in groups for parameter in group["params"]])
         _prepare_unet(base.unet, cfg)
         return None, groups
+    if task == "fast":
+        aligner, groups = add_fast(cfg, base)
+        processes.copy_from_main([parameter.data for group in groups for parameter in group["params"]])
+        _prepare_unet(base.unet, cfg)
+        return aligner, groups
     aligner, lora = None, add_lora(base.unet, cfg.model.lora)
     if cfg.model.lora.text_encoder_r:
         lora += add_text_encoder_lora(base.text_encoder, cfg.model.lora)

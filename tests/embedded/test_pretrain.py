@@ -107,7 +107,7 @@ def test_a_stage_resumed_halfway_ends_the_same(tmp_path):
 
 def test_the_embedded_base_is_small_and_complete():
     folder = PROJECT_ROOT / "embedded" / "base"
-    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 20e6
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 30e6
     base = load_base("embedded/base")
     prompts = ["white, man, black shirt, blue jeans, black hair", "a woman in a yellow dress"]
     assert encode_prompts(base, prompts).shape == (2, base.context_tokens, base.unet.config.cross_attention_dim)

@@ -3,15 +3,32 @@
 import pickle
 import sys
 import types
+from pathlib import Path
 
+import anny
+import anny.models.full_model as builder
 import numpy as np
 import pytest
+import roma
 import scipy.sparse
 import torch
+from scipy.spatial.transform import Rotation
 
 from common.errors import UserError
-from render.bodies import read_obj
-from render.poses import FAMILIES, JOINT_LIMITS, JOINTS, SIDED, anny_vertices, sample_phenotype, sample_pose
+from render.bodies import _read_blend_shape, read_obj
+from render.poses import (
+    FAMILIES,
+    HANGING,
+    JOINT_LIMITS,
+    JOINTS,
+    SIDED,
+    SMPL_JOINTS,
+    anny_vertices,
+    rotation,
+    sample_phenotype,
+    sample_pose,
+    smpl_pose,
+)
 from render.rigs import load_body, load_rig
 from render.smpl import FRAMES_PER_SECOND, load_model, model_files, motion_files, read_amass, read_arrays
 
@@ -421,3 +438,37 @@ def test_the_same_model_is_read_once(tmp_path, mesh, chumpy):
     load_body(spec)
     path = tmp_path / "model" / "model.npz"
     assert load_model("smpl", path) is load_model("smpl", path)
+
+
+def test_annys_poses_turn_smpls_limbs_to_where_they_turn_annys():
+    """SMPL's arms stand out at rest and Anny's hang: upper arm, forearm and hand are to point alike in both."""
+    pose = sample_pose(np.random.default_rng(3), "reaching")
+    turns = smpl_pose(pose)[3:66].reshape(21, 3)
+    down = np.deg2rad(-HANGING)
+    for side, outwards in ((".L", 1.0), (".R", -1.0)):
+        hanging = np.array([outwards * np.cos(down), np.sin(down), 0.0])  # Anny's arm, at rest
+        anny, smpl = np.eye(3), np.eye(3)
+        for bone in ("upperarm01", "lowerarm01", "wrist"):
+            anny = anny @ rotation(pose[bone + side]).double().numpy()
+            smpl = smpl @ Rotation.from_rotvec(turns[SMPL_JOINTS[bone + side]]).as_matrix()
+            assert np.allclose(anny @ hanging, smpl @ [outwards, 0, 0], atol=1e-5), bone + side
+    knee = rotation(pose["lowerleg01.L"]).double().numpy()
+    assert np.allclose(Rotation.from_rotvec(turns[SMPL_JOINTS["lowerleg01.L"]]).as_matrix(), knee, atol=1e-5)
+
+
+def test_smpl_bodies_without_motions_take_annys_poses_or_rest(tmp_path, mesh, chumpy):
+    spec = write_model(tmp_path / "model", "smpl", ".npz", mesh, chumpy)
+    posed, resting = (load_rig(spec, poses).sample(np.random.default_rng(0)) for poses in ("own", "rest"))
+    assert np.any(posed["pose"]) and not np.any(resting["pose"])
+    assert len(posed["pose"]) == 156 and len(posed["shape"]) == len(resting["shape"])
+    assert np.any(load_rig(spec).named_pose("sitting", 1)["pose"])
+
+
+def test_blend_shapes_are_read_as_anny_reads_them():
+    """Each 50th of those that the wheel ships, by Anny's own reader too."""
+    files = sorted(Path(anny.__file__).parent.rglob("*.target.gz"))[::50]
+    same = roma.Linear(torch.eye(3, dtype=torch.float64))[None]
+    assert len(files) > 20
+    for file in files:
+        expected = builder.load_blend_shape(file, 19_158, same, torch.float64)
+        assert torch.equal(_read_blend_shape(file, 19_158, same, torch.float64), expected), file

@@ -1,0 +1,128 @@
+"""The fast adapter: what its windows are made to lead to, that it is trained, loaded, and refused where it must be."""
+
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from common.errors import UserError
+from config.configuration import load_config
+from lora_utils import FAST_FOLDER, LORA_FILE, bake_lora
+from models.adapters import weights_hash
+from models.checkpoints import CONFIG_FILE, EMBEDDED_CHECKPOINT, load_checkpoint
+from models.diffusion import sample_latents, training_target
+from models.fast import load_fast
+from models.pipeline import TexturePipeline
+from training.distilling import distill, fast_config
+from training.fast import Shortcuts
+
+
+@pytest.fixture
+def teacher(checkpoint):
+    """A joint checkpoint, its LoRA one with the base, as `add_fast` has it."""
+    trained = load_checkpoint(checkpoint)
+    bake_lora(trained.base)
+    return trained
+
+
+def shortcuts_of(teacher, windows, substeps) -> Shortcuts:
+    fast = teacher.cfg.fast.model_copy(update={"windows": windows, "teacher_steps": substeps})
+    inference = teacher.cfg.inference.model_copy(update={"guidance_scale": 2.0})
+    return Shortcuts.of(teacher.cfg.model_copy(update={"fast": fast, "inference": inference}), teacher.base)
+
+
+def random_rows(teacher, rows):
+    unet = teacher.base.unet
+    shape = (rows, unet.config.in_channels, 8, 8)
+    states = torch.randn(rows, teacher.base.context_tokens, unet.config.cross_attention_dim)
+    return torch.randn(shape), torch.randn(shape), states
+
+
+@torch.no_grad()
+def test_one_step_along_the_straight_way_ends_where_the_teacher_ends(teacher):
+    """In the last window the teacher, as inference runs it, ends at clean latents: they are the target's."""
+    shortcuts = shortcuts_of(teacher, windows=1, substeps=5)
+    latents, noise, states = random_rows(teacher, 2)
+    scheduler = teacher.base.noise_scheduler
+    first = shortcuts.timesteps[:1]
+    start = shortcuts._mixed(latents, noise, first)
+    negative = shortcuts.negative_states.expand_as(states)
+    # Inference starts at init_noise_sigma 1 with the noise itself: give it the start as if it were noise.
+    expected = sample_latents(teacher.base.unet, scheduler, [(states, 2.0)], negative, start, 5, sampler="ddim")
+    timesteps = torch.full((2,), 500)
+    clean, remaining = shortcuts.straightened(latents, noise, timesteps, states, torch.full((2,), 2.0))
+    torch.testing.assert_close(clean, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(shortcuts._mixed(clean, remaining, first.expand(2)), start, rtol=1e-3, atol=1e-3)
+
+
+def test_a_timestep_lies_in_the_window_that_inference_would_start_above_it(teacher):
+    shortcuts = shortcuts_of(teacher, windows=4, substeps=3)
+    timesteps = torch.tensor([999, 750, 749, 500, 499, 250, 249, 0])
+    assert shortcuts.windows_of(timesteps).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@torch.no_grad()
+def test_the_pair_leads_from_a_windows_start_to_its_end(teacher):
+    """Any window: the target at its start, taken in one DDIM step, is where its small guided steps end."""
+    shortcuts = shortcuts_of(teacher, windows=4, substeps=3)
+    latents, noise, states = random_rows(teacher, 4)
+    timesteps, scales = torch.tensor([900, 600, 300, 100]), torch.full((4,), 2.0)
+    clean, remaining = shortcuts.straightened(latents, noise, timesteps, states, scales)
+    first = shortcuts.windows_of(timesteps) * 3
+    grid = torch.cat([shortcuts.timesteps, torch.tensor([-1])])
+    start = shortcuts._mixed(latents, noise, grid[first])
+    for substep in range(3):
+        parts = shortcuts._predicted(start, grid[first + substep], states, scales)
+        start = shortcuts._mixed(*parts, grid[first + substep + 1])
+    torch.testing.assert_close(shortcuts._mixed(clean, remaining, grid[first + 3]), start, rtol=1e-3, atol=1e-3)
+    target = training_target(teacher.base.noise_scheduler, clean, remaining, grid[first])
+    assert target.isfinite().all()
+
+
+def test_distilling_writes_an_adapter_that_changes_what_few_steps_give(checkpoint, tmp_path):
+    overrides = ["training.fast.max_steps=3", "training.fast.batch_size=2", "training.fast.effective_batch_size=2"]
+    cfg = fast_config(checkpoint, overrides)
+    before = weights_hash(checkpoint)
+    folder = distill(cfg, tmp_path / "work")
+    assert folder == checkpoint / FAST_FOLDER and not list((tmp_path / "work").glob("*"))
+    assert weights_hash(checkpoint) == before  # or the adapter would refuse the checkpoint that it lies in
+    plain = TexturePipeline.from_pretrained(checkpoint)
+    fast = TexturePipeline.from_pretrained(checkpoint, fast=4)
+    assert (fast.settings.num_inference_steps, fast.settings.guidance_scale) == (4, 1)
+    few = {"num_inference_steps": 4, "guidance_scale": 1.0, "sampler": "ddim", "size": 64}
+    (with_adapter,), (without,) = (pipeline("a red dress", **few) for pipeline in (fast, plain))
+    assert with_adapter.tobytes() != without.tobytes()
+    # Plain diffusers reads the file as one of a LoRA's.
+    tensors = StableDiffusionPipeline.lora_state_dict(folder, weight_name=LORA_FILE)[0]
+    assert tensors and all(key.startswith("unet.") for key in tensors)
+
+
+def test_an_adapter_of_other_weights_and_none_are_refused(checkpoint):
+    with pytest.raises(UserError, match="no fast adapter; make one with"):
+        load_fast(load_checkpoint(checkpoint), checkpoint, 4)
+    folder = checkpoint / FAST_FOLDER
+    folder.mkdir()
+    (folder / "fast.json").write_text(json.dumps({"base_weights": "0" * 16, "windows": 4}))
+    with pytest.raises(UserError, match="made for other weights"):
+        load_fast(load_checkpoint(checkpoint), checkpoint, 4)
+    (folder / "fast.json").write_text("[1]")
+    with pytest.raises(UserError, match="cannot read"):
+        load_fast(load_checkpoint(checkpoint), checkpoint, 4)
+
+
+def test_a_checkpoint_of_text_alone_is_refused(checkpoint):
+    (checkpoint / "aligner.safetensors").unlink()
+    with pytest.raises(UserError, match="give one that joint"):
+        fast_config(checkpoint)
+
+
+def test_a_data_set_has_one_name_whether_its_ranges_are_defaults_or_read_from_a_file(checkpoint):
+    """An integer default was 0 and the same read from a checkpoint's file 0.0, and all textures were painted anew."""
+    cfg = load_config(checkpoint / CONFIG_FILE)
+    assert json.dumps(cfg.data.render.model_dump()) == json.dumps(type(cfg)().data.render.model_dump())
+
+
+def test_the_embedded_checkpoint_has_a_fast_adapter():
+    fast = load_fast(load_checkpoint(EMBEDDED_CHECKPOINT), EMBEDDED_CHECKPOINT, 4)
+    assert fast.cfg.inference.num_inference_steps == 4
