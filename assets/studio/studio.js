@@ -67,9 +67,10 @@ async function addTexture(file) {
     throw new Error(`${file.name} is larger than ${defaults.largest_upload / 2 ** 20} MB`);
   const { id } = await askJson("POST", `/api/results?${new URLSearchParams({ name: file.name })}`, file);
   results.push(id);
-  await show(id);
+  const showing = show(id);
   if ($("region").value === "new") $("region").value = "whole";
   showEdit();
+  await showing;
 }
 
 function showUploads() {
