@@ -482,6 +482,7 @@ def make_batch(
     earlier_batch: tuple[int, int] | None,
     call: Call,
     on_step,
+    on_preview=None,
 ) -> list[Image.Image]:
     """The textures of some jobs. opened: path → picture; partials: of the jobs with fits. earlier_batch:
     (row, rows) that a texture to be repeated had in its batch: how a row's sums are rounded depends on the rows beside
@@ -497,6 +498,7 @@ def make_batch(
         call.settings,
         on_step,
         [partials[job] for job in batch] if partials else None,
+        on_preview,
     )
     return [textures[row]] if earlier_batch else textures
 
@@ -546,7 +548,7 @@ def keep_own_pixels(
     return usable, partials, faults
 
 
-def partial_of(job: Job, opened: dict[str, Image.Image], call: Call) -> Image.Image:
+def partial_of(job: Job, opened: dict[str, Image.Image], call: Call, on_step=lambda: None) -> Image.Image:
     pipeline, size, sightings = call.pipeline, call.settings.size, []
     for path, fit in zip(job.images, job.fits):
         image = opened[path]
@@ -557,7 +559,7 @@ def partial_of(job: Job, opened: dict[str, Image.Image], call: Call) -> Image.Im
         else:
             sightings.append(read_fit(fit, pipeline.body_spec, image.height, image.width))
     pictures = [opened[path] for path in job.images]
-    return pipeline.own_pixels(pictures, sightings, size, call.settings.relight, call.settings.mirror_fill)
+    return pipeline.own_pixels(pictures, sightings, size, call.settings.relight, call.settings.mirror_fill, on_step)
 
 
 def make_all(jobs: list[Job], call: Call, earlier_batch: tuple[int, int] | None, batch_size: int) -> list[str]:

@@ -87,10 +87,14 @@ class BodyMap(ModelMixin, ConfigMixin):
         return sighting.lit(light[row, column])
 
 
+def has_body_map(base: str) -> bool:
+    return (Path(base) / FOLDER).is_dir()
+
+
 def load_body_map(base: str, device: torch.device) -> BodyMap:
     """Of a base's folder. Raises UserError for a base that has none."""
     folder = Path(base) / FOLDER
-    if not folder.is_dir():
+    if not has_body_map(base):
         raise UserError(f"--fit auto needs a body map, and {base} has none: give a file with --fit")
     try:
         return BodyMap.from_pretrained(folder, dtype=torch.float32).to(device).eval()

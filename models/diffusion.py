@@ -128,6 +128,7 @@ def sample_latents(
     mask: Tensor | None = None,
     on_step: Callable[[], None] = lambda: None,
     shares: tuple[float, ...] | None = None,
+    on_clean: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Denoises with classifier-free guidance from one condition or several (Ho & Salimans 2022; composed as in Liu et
     al. 2022): negative + sum of the pulls scale · (condition - negative), all in one UNet batch.
@@ -138,7 +139,8 @@ def sample_latents(
     scales are 1; None: the sum. eta: DDIM's share of fresh noise; seeds: of the noise that DDIM with eta and Euler
     ancestral add, one a row. init_latents: (B, 4, h, w) to start from, of which `strength` in (0, 1] is made anew
     (SDEdit, Meng et al. 2022). mask: (h, w) or (B, 1, h, w) in [0, 1], 1 where they are made anew; elsewhere each
-    step starts from init_latents with its noise (Lugmayr et al. 2022).
+    step starts from init_latents with its noise (Lugmayr et al. 2022). on_clean: told after each step where it leads,
+    (B, 4, h, w) of `predicted_clean`.
     """
     scheduler = inference_scheduler(noise_scheduler, sampler)
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
@@ -164,8 +166,8 @@ def sample_latents(
         if mask is not None:
             noisy_start = scheduler.add_noise(init_latents, noise, timestep[None].expand(len(noise)))
             latents = mask * latents + (1 - mask) * noisy_start
-        model_input = scheduler.scale_model_input(latents, timestep)
-        model_input = model_input.repeat(len(context) // len(latents), 1, 1, 1)
+        noisy_latents = scheduler.scale_model_input(latents, timestep)
+        model_input = noisy_latents.repeat(len(context) // len(latents), 1, 1, 1)
         noise_pred = unet(model_input.to(unet.dtype), timestep, context.to(unet.dtype)).sample.float()
         if guided:
             negative, *positives = noise_pred.split(len(latents))
@@ -175,7 +177,22 @@ def sample_latents(
             noise_pred = sum(share * each for share, each in zip(shares, noise_pred.split(len(latents))))
         latents = scheduler.step(noise_pred, timestep, latents, **step_options).prev_sample
         on_step()
+        if on_clean is not None:
+            on_clean(predicted_clean(noise_scheduler, noisy_latents, noise_pred, timestep))
     return latents if mask is None else mask * latents + (1 - mask) * init_latents
+
+
+def predicted_clean(noise_scheduler, noisy_latents: Tensor, noise_pred: Tensor, timestep: Tensor) -> Tensor:
+    """The latents without noise that a prediction stands for: `training_target` solved for latents.
+
+    noisy_latents: as the UNet was given them, of unit variance, whatever the sampler. At zero terminal SNR an epsilon
+    tells nothing of the latents: zeros there.
+    """
+    signal = noise_scheduler.alphas_cumprod[int(timestep)].sqrt().item()
+    noise_level = (1 - signal**2) ** 0.5
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        return signal * noisy_latents - noise_level * noise_pred
+    return (noisy_latents - noise_level * noise_pred) / signal if signal else torch.zeros_like(noisy_latents)
 
 
 def blended(pulls: list[Tensor], shares: tuple[float, ...]) -> Tensor:

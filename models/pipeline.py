@@ -23,7 +23,7 @@ from models.adapters import load_adapters, parse_adapter, weights_hash
 from models.base import resolve_source
 from models.body_map import BodyMap, load_body_map
 from models.checkpoints import TrainedModel, load_trained, newest_checkpoint
-from models.diffusion import autocast, encode_posterior, resolve_precision
+from models.diffusion import autocast, decode_latents, encode_posterior, resolve_precision
 from models.fast import load_fast
 from models.generation import conditions_of, finish_texture, generate_guided, joined, shares_of
 from models.interchange import load_any
@@ -31,7 +31,7 @@ from models.settings import MASKED_STRENGTH, GenerationSettings
 from render.projection import Fit, Sighting, aligned, blend_in, merge, sight_fit
 from render.regions import BODY_REGIONS, region_mask
 from render.rigs import load_body
-from render.uv_space import body_pixels, uv_mask
+from render.uv_space import body_pixels, fill_outside, uv_mask
 
 FINEST = 2  # pixels of a picture's side for each texel of a texture's
 LEAST_SEEN = 0.02  # of the body's texels, that a fitted picture is to show
@@ -90,6 +90,7 @@ class TexturePipeline:
         settings: GenerationSettings | None = None,
         on_step: Callable[[], None] = lambda: None,
         partial: Image.Image | Sequence[Image.Image] | None = None,
+        on_preview: Callable[[Tensor], None] | None = None,
         **asked,
     ) -> list[Image.Image]:
         """A texture for each seed: size x size RGBA, alpha the UV mask, colours running on past the islands' edges.
@@ -99,7 +100,8 @@ class TexturePipeline:
         where `mask` (a name of BODY_REGIONS, or a picture: white is made anew) says. partial: of `own_pixels`, one or
         one a seed, in place of these two: what it shows is kept. settings: None is the checkpoint's own; asked: fields
         of GenerationSettings to change (img_weight, guidance_scale, size, ...). Larger sizes than the model's own are
-        interpolated (bicubic). Raises UserError for what does not fit together.
+        interpolated (bicubic). on_preview: told after each step the latents it leads to, for `preview`. Raises
+        UserError for what does not fit together.
         """
         if partial is not None and init_texture is not None:
             raise UserError("give init_texture or partial, not both")
@@ -136,6 +138,7 @@ class TexturePipeline:
                     sampler=settings.sampler,
                     eta=settings.eta,
                     on_step=on_step,
+                    on_clean=on_preview,
                     shares=shares_of(conditions, settings),
                     **editing,
                 )
@@ -145,6 +148,11 @@ class TexturePipeline:
         edits = edits or [(None, None)]
         return [self._finished(textures[row], *edits[row % len(edits)], settings) for row in range(len(seeds))]
 
+    def preview(self, latents: Tensor) -> Image.Image:
+        """Latents (1, 4, h, w) of a step as a picture, the colours running on past the islands."""
+        pixel_values = decode_latents(self.trained.base.vae, latents)[0].cpu()
+        return image_from_pixels(fill_outside(pixel_values, uv_mask(self.body, pixel_values.shape[-1])))
+
     def own_pixels(
         self,
         images: Sequence[Image.Image],
@@ -152,12 +160,13 @@ class TexturePipeline:
         size: int | None = None,
         relight: bool | None = None,
         mirror_fill: bool | None = None,
+        on_step: Callable[[], None] = lambda: None,
     ) -> Image.Image:
         """What pictures of one person show of the texture → size x size RGBA, alpha how sure each texel is.
 
         sightings: for each picture where it shows the body, of `read_fit`, `read_iuv` or `find_body`; a fit that stands
-        a little off is moved to where the picture has an outline. Raises UserError when they show next to nothing of
-        the body.
+        a little off is moved to where the picture has an outline. on_step: called after each picture. Raises UserError
+        when they show next to nothing of the body.
         """
         settings = self.settings.changed(size=size, relight=relight, mirror_fill=mirror_fill)
         if len(images) != len(sightings):
@@ -171,6 +180,7 @@ class TexturePipeline:
                 sighting = sight_fit(self.body, fit, image.height, image.width, settings.size)
             pixels.append(pixels_from_image(image))
             sighted.append(sighting)
+            on_step()
         for number, sighting in enumerate(sighted, 1):
             share = len(sighting.texel) / uv_mask(self.body, settings.size).sum().item()
             if share < LEAST_SEEN:

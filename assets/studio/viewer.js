@@ -14,12 +14,23 @@ void main() {
 const FRAGMENT = `#version 300 es
 precision mediump float;
 in vec3 facing; in vec2 texel;
-uniform sampler2D colours;
+uniform sampler2D colours, painted;
 out vec4 colour;
 void main() {
   vec3 n = normalize(gl_FrontFacing ? facing : -facing);
   float light = 0.62 + 0.1 * n.y + 0.34 * max(dot(n, normalize(vec3(0.25, 0.45, 1.0))), 0.0);
-  colour = vec4(texture(colours, texel).rgb * light, 1.0);
+  vec3 stripes = mod(gl_FragCoord.x + gl_FragCoord.y, 10.0) < 5.0 ? vec3(0.04, 0.4, 0.34) : vec3(1.0);
+  colour = vec4(mix(texture(colours, texel).rgb * light, stripes, 0.6 * texture(painted, texel).a), 1.0);
+}`;
+
+// Where on the texture each pixel of the body is: two bytes for u, two for v.
+const WHERE = `#version 300 es
+precision highp float;
+in vec2 texel;
+out vec4 place;
+void main() {
+  vec2 scaled = clamp(texel, 0.0, 1.0) * 255.0;
+  place = vec4(floor(scaled.x) / 255.0, fract(scaled.x), floor(scaled.y) / 255.0, fract(scaled.y));
 }`;
 
 const ARRAYS = { 5123: Uint16Array, 5125: Uint32Array, 5126: Float32Array };
@@ -117,8 +128,24 @@ export class BodyViewer {
     this.gl = canvas.getContext("webgl2", { antialias: true, alpha: true, preserveDrawingBuffer: true });
     if (!this.gl) throw new Error("this browser shows no WebGL 2: the body cannot be turned, its files can be saved");
     this.turn = 0.35; this.tilt = 0.06; this.zoom = 1; this.count = 0;
+    this.follower = null;  // a viewer that turns with this one
+    this.brush = null;  // where a pointer goes instead of turning: told [x, y] of the page
+    const gl = this.gl;
+    this.program = this.link(FRAGMENT);
+    this.places = this.link(WHERE);
+    gl.enable(gl.DEPTH_TEST);
+    this.buffers = Object.fromEntries(["position", "normal", "uv", "faces"].map((name) => [name, gl.createBuffer()]));
+    this.colours = gl.createTexture();
+    this.painted = gl.createTexture();
+    this.paintOver(new ImageData(1, 1));
+    new ResizeObserver(() => this.draw()).observe(canvas);
+    this.listen();
+  }
+
+  link(fragment) {
     const gl = this.gl, program = gl.createProgram();
-    for (const [kind, source] of [[gl.VERTEX_SHADER, VERTEX], [gl.FRAGMENT_SHADER, FRAGMENT]]) {
+    ["position", "normal", "uv"].forEach((name, place) => gl.bindAttribLocation(program, place, name));
+    for (const [kind, source] of [[gl.VERTEX_SHADER, VERTEX], [gl.FRAGMENT_SHADER, fragment]]) {
       const shader = gl.createShader(kind);
       gl.shaderSource(shader, source);
       gl.compileShader(shader);
@@ -126,31 +153,20 @@ export class BodyViewer {
     }
     gl.linkProgram(program);
     if (!gl.getProgramParameter(program, gl.LINK_STATUS)) throw new Error(gl.getProgramInfoLog(program));
-    gl.useProgram(program);
-    this.program = program;
-    gl.enable(gl.DEPTH_TEST);
-    this.buffers = Object.fromEntries(["position", "normal", "uv", "faces"].map((name) => [name, gl.createBuffer()]));
-    gl.bindTexture(gl.TEXTURE_2D, gl.createTexture());
-    new ResizeObserver(() => this.draw()).observe(canvas);
-    this.listen();
+    return program;
   }
 
   // mesh: of readGlb; picture: its texture as an ImageBitmap.
   show(mesh, picture) {
     const gl = this.gl;
-    for (const [name, values, size] of [["position", mesh.positions, 3], ["normal", mesh.normals, 3], ["uv", mesh.uvs, 2]]) {
-      const place = gl.getAttribLocation(this.program, name);
+    [["position", mesh.positions, 3], ["normal", mesh.normals, 3], ["uv", mesh.uvs, 2]].forEach(([name, values, size], place) => {
       gl.bindBuffer(gl.ARRAY_BUFFER, this.buffers[name]);
       gl.bufferData(gl.ARRAY_BUFFER, values, gl.STATIC_DRAW);
       gl.enableVertexAttribArray(place);
       gl.vertexAttribPointer(place, size, gl.FLOAT, false, 0, 0);
-    }
+    });
     gl.bindBuffer(gl.ELEMENT_ARRAY_BUFFER, this.buffers.faces);
     gl.bufferData(gl.ELEMENT_ARRAY_BUFFER, mesh.faces, gl.STATIC_DRAW);
-    gl.texImage2D(gl.TEXTURE_2D, 0, gl.RGBA, gl.RGBA, gl.UNSIGNED_BYTE, picture);
-    gl.generateMipmap(gl.TEXTURE_2D);
-    gl.texParameteri(gl.TEXTURE_2D, gl.TEXTURE_MIN_FILTER, gl.LINEAR_MIPMAP_LINEAR);
-    for (const side of [gl.TEXTURE_WRAP_S, gl.TEXTURE_WRAP_T]) gl.texParameteri(gl.TEXTURE_2D, side, gl.CLAMP_TO_EDGE);
     const low = [Infinity, Infinity, Infinity], high = [-Infinity, -Infinity, -Infinity];
     mesh.positions.forEach((value, index) => {
       low[index % 3] = Math.min(low[index % 3], value);
@@ -159,13 +175,75 @@ export class BodyViewer {
     this.centre = low.map((value, axis) => (value + high[axis]) / 2);
     this.size = high.map((value, axis) => value - low[axis]);
     this.count = mesh.faces.length;
+    this.wear(picture);
+  }
+
+  wear(picture) {
+    this.fill(this.colours, picture);
     this.draw();
   }
 
+  // picture: of which the alpha says what is painted.
+  paintOver(picture) {
+    this.fill(this.painted, picture);
+    this.draw();
+  }
+
+  fill(texture, picture) {
+    const gl = this.gl;
+    gl.bindTexture(gl.TEXTURE_2D, texture);
+    gl.texImage2D(gl.TEXTURE_2D, 0, gl.RGBA, gl.RGBA, gl.UNSIGNED_BYTE, picture);
+    gl.generateMipmap(gl.TEXTURE_2D);
+    gl.texParameteri(gl.TEXTURE_2D, gl.TEXTURE_MIN_FILTER, gl.LINEAR_MIPMAP_LINEAR);
+    for (const side of [gl.TEXTURE_WRAP_S, gl.TEXTURE_WRAP_T]) gl.texParameteri(gl.TEXTURE_2D, side, gl.CLAMP_TO_EDGE);
+  }
+
+  // The texels, as [u, v], that are seen within radius pixels of a point of the page.
+  texelsAt(pageX, pageY, radius) {
+    const { gl, canvas } = this, box = canvas.getBoundingClientRect(), ratio = canvas.width / box.width;
+    const reach = Math.max(1, Math.round(radius * ratio)), side = 2 * reach + 1;
+    const left = Math.round((pageX - box.left) * ratio) - reach;
+    const low = canvas.height - 1 - Math.round((pageY - box.top) * ratio) - reach;
+    const target = gl.createFramebuffer(), buffers = [gl.createRenderbuffer(), gl.createRenderbuffer()];
+    gl.bindFramebuffer(gl.FRAMEBUFFER, target);
+    [[gl.COLOR_ATTACHMENT0, gl.RGBA8], [gl.DEPTH_ATTACHMENT, gl.DEPTH_COMPONENT24]].forEach(([use, format], index) => {
+      gl.bindRenderbuffer(gl.RENDERBUFFER, buffers[index]);
+      gl.renderbufferStorage(gl.RENDERBUFFER, format, canvas.width, canvas.height);
+      gl.framebufferRenderbuffer(gl.FRAMEBUFFER, use, gl.RENDERBUFFER, buffers[index]);
+    });
+    gl.enable(gl.SCISSOR_TEST);  // nothing but the brush's square is drawn
+    gl.scissor(left, low, side, side);
+    this.render(this.places);
+    gl.disable(gl.SCISSOR_TEST);
+    const bytes = new Uint8Array(4 * side * side), texels = [];
+    gl.readPixels(left, low, side, side, gl.RGBA, gl.UNSIGNED_BYTE, bytes);
+    gl.bindFramebuffer(gl.FRAMEBUFFER, null);
+    gl.deleteFramebuffer(target);
+    for (const buffer of buffers) gl.deleteRenderbuffer(buffer);
+    for (let row = -reach; row <= reach; row++)
+      for (let column = -reach; column <= reach; column++) {
+        const [a, b, c, d] = bytes.subarray(4 * ((row + reach) * side + column + reach));
+        if ((a || b || c || d) && row * row + column * column <= reach * reach)
+          texels.push([(a + b / 255) / 255, (c + d / 255) / 255]);
+      }
+    return texels;
+  }
+
   draw() {
-    const { gl, canvas } = this, ratio = Math.min(window.devicePixelRatio || 1, 2);
+    const { canvas } = this, ratio = Math.min(window.devicePixelRatio || 1, 2);
     canvas.width = Math.max(1, Math.round(canvas.clientWidth * ratio));
     canvas.height = Math.max(1, Math.round(canvas.clientHeight * ratio));
+    this.render(this.program);
+  }
+
+  render(program) {
+    const { gl, canvas } = this;
+    gl.useProgram(program);
+    [["colours", this.colours], ["painted", this.painted]].forEach(([name, texture], unit) => {
+      gl.activeTexture(gl.TEXTURE0 + unit);
+      gl.bindTexture(gl.TEXTURE_2D, texture);
+      gl.uniform1i(gl.getUniformLocation(program, name), unit);
+    });
     gl.viewport(0, 0, canvas.width, canvas.height);
     gl.clearColor(0, 0, 0, 0);
     gl.clear(gl.COLOR_BUFFER_BIT | gl.DEPTH_BUFFER_BIT);
@@ -181,8 +259,8 @@ export class BodyViewer {
       1 / (slope * aspect), 0, 0, 0, 0, 1 / slope, 0, 0,
       0, 0, (near + far) / (near - far), -1, 0, 0, 2 * near * far / (near - far), 0,
     ];
-    gl.uniformMatrix4fv(gl.getUniformLocation(this.program, "view"), false, multiply(away, multiply(rotation, centred)));
-    gl.uniformMatrix4fv(gl.getUniformLocation(this.program, "projection"), false, projection);
+    gl.uniformMatrix4fv(gl.getUniformLocation(program, "view"), false, multiply(away, multiply(rotation, centred)));
+    gl.uniformMatrix4fv(gl.getUniformLocation(program, "projection"), false, projection);
     gl.drawElements(gl.TRIANGLES, this.count, gl.UNSIGNED_INT, 0);
   }
 
@@ -191,6 +269,12 @@ export class BodyViewer {
     this.tilt = Math.max(-1.2, Math.min(1.2, this.tilt + tilt));
     this.zoom = Math.max(0.6, Math.min(6, this.zoom * zoom));
     this.draw();
+    this.follower?.standAs(this);
+  }
+
+  standAs({ turn, tilt, zoom }) {
+    Object.assign(this, { turn, tilt, zoom });
+    this.draw();
   }
 
   listen() {
@@ -198,6 +282,7 @@ export class BodyViewer {
     canvas.addEventListener("pointerdown", (event) => {
       canvas.setPointerCapture(event.pointerId);
       pointers.set(event.pointerId, event);
+      this.brush?.(event.clientX, event.clientY);
     });
     canvas.addEventListener("pointermove", (event) => {
       const before = pointers.get(event.pointerId);
@@ -206,7 +291,8 @@ export class BodyViewer {
       if (other) {
         const gap = (from) => Math.hypot(from.clientX - other.clientX, from.clientY - other.clientY) || 1;
         this.move(0, 0, gap(event) / gap(before));
-      } else this.move((event.clientX - before.clientX) / 120, (event.clientY - before.clientY) / 240);
+      } else if (this.brush) this.brush(event.clientX, event.clientY);
+      else this.move((event.clientX - before.clientX) / 120, (event.clientY - before.clientY) / 240);
       pointers.set(event.pointerId, event);
     });
     for (const name of ["pointerup", "pointercancel"])

@@ -29,7 +29,7 @@ class PerfectUNet:
         clean = self.clean.expand_as(noisy)
         if self.by_context:
             clean = clean * context[:, :1, :1, None]
-        alpha = self.noise_scheduler.alphas_cumprod[timestep]
+        alpha = self.noise_scheduler.alphas_cumprod[int(timestep)]
         noise = (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
         steps = torch.full((len(noisy),), int(timestep))
         output = training_target(self.noise_scheduler, clean, noise, steps)
@@ -177,3 +177,17 @@ def test_an_autoencoder_for_other_latents_is_refused(tiny_base, tmp_path):
         load_base(str(tiny_base), vae=str(tmp_path / "vae"))
     with pytest.raises(UserError, match=r"model\.vae"):
         load_base(str(tiny_base), vae=str(tiny_base / "unet"))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sampler", ["dpmsolver++", "euler_a", "ddim", "unipc"])
+def test_each_step_tells_where_it_leads(prediction_type, sampler):
+    """To the picture from the first step on, whatever scale of noise the sampler has."""
+    noise_scheduler = DDPMScheduler(prediction_type=prediction_type)
+    clean, noise, context = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.zeros(2, 3, 5)
+    unet, led_to = PerfectUNet(noise_scheduler, clean), []
+    guided = [(context, 1.0)]
+    sample_latents(unet, noise_scheduler, guided, context, noise, 5, sampler, seeds=[0, 1], on_clean=led_to.append)
+    assert len(led_to) == 5
+    for latents in led_to:
+        torch.testing.assert_close(latents, clean, rtol=0, atol=2e-2)
