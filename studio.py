@@ -43,12 +43,13 @@ from config.configuration import dotted_overrides
 from models.base import resolve_source
 from models.body_map import has_body_map
 from models.diffusion import SAMPLERS
+from models.fast import FEWEST, STEPS
 from models.pipeline import TexturePipeline, read_mask
 from models.settings import GenerationSettings, encode_described, read_description
 from render.export import INFLUENCES
 from render.poses import FAMILIES
 from render.regions import BODY_REGIONS
-from render.rigs import AnnyRig, load_rig
+from render.rigs import AnnyRig, SmplRig, load_rig
 
 # The only files that are served: address → file of assets/studio, and its kind.
 STATIC = {
@@ -446,12 +447,13 @@ class Studio:
             return f"{job.path.stem}-obj.zip", packed.getvalue()
 
     def poses(self) -> list[str]:
-        return ["rest", *FAMILIES] if isinstance(load_rig(self.pipeline.body_spec), AnnyRig) else ["rest"]
+        return ["rest", *FAMILIES] if isinstance(load_rig(self.pipeline.body_spec), AnnyRig | SmplRig) else ["rest"]
 
     def defaults(self) -> dict:
         """What the page shows before anything is asked for."""
         settings = self.pipeline.settings
         return {
+            "fast": self.args.fast,
             "steps": settings.num_inference_steps,
             "guidance_scale": settings.guidance_scale,
             "negative_prompt": settings.negative_prompt,
@@ -720,6 +722,8 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--checkpoint", help="of any known layout (default: your newest one, or the embedded one)")
     parser.add_argument("--config", help="names the base of weights that do not say theirs")
     parser.add_argument("--adapter", action="append", metavar="DIR[:weight]", help="of personalise.py; several times")
+    parser.add_argument("--fast", type=int, nargs="?", const=FEWEST, choices=STEPS, help="so few steps, without "
+                        f"guidance, by the checkpoint's fast adapter (alone: {FEWEST}; see distill.py)")  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="another lets others in, unasked (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="0 takes a free one (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("outputs/studio"), help="folder (default: %(default)s)")
@@ -733,6 +737,7 @@ def open_studio(args: argparse.Namespace, overrides: list[str]) -> Studio:
     """Loads the model and the body. Raises UserError for what cannot be loaded."""
     asked, _ = infer_uv.parse_args([])
     asked.checkpoint, asked.config, asked.adapter = args.checkpoint, args.config, args.adapter
+    asked.fast = args.fast
     pipeline = infer_uv.load_pipeline(asked, overrides)
     load_rig(pipeline.body_spec)
     check_writable(args.out)

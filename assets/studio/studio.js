@@ -125,6 +125,7 @@ async function order() {
     region: ["new", "whole", "painted"].includes(region) ? null : region,
     strength: region === "new" ? null : Number($("strength").value),
   };
+  if (defaults.fast) Object.assign(asked, { guidance_scale: null, steps: null, sampler: null, negative_prompt: null });
   if (asked.guidance_scale === defaults.guidance_scale) asked.guidance_scale = null;  // text and picture may differ
   await ask("POST", "/api/textures", JSON.stringify(asked));
   previews = 0;
@@ -420,6 +421,7 @@ function showOutlines() {
 
 async function start() {
   defaults = await askJson("GET", "/api/defaults");
+  $("sampling").hidden = Boolean(defaults.fast);  // its adapter was made for its own way of sampling
   $("guidance").value = defaults.guidance_scale;
   $("steps").value = defaults.steps;
   $("negative").value = defaults.negative_prompt;
