@@ -135,12 +135,11 @@ def sample_latents(
 
     conditions: encoder_hidden_states (B, L, D) and guidance scale of each; negative_hidden_states: (B, L, D); noise:
     (B, 4, h, w) of unit scale → latents (B, 4, h, w). A single scale of 1 runs the UNet once a step. shares: of several
-    conditions, which add up to 1, for `blended` instead of the sum, or for the mean of the predictions where all
-    scales are 1; None: the sum. eta: DDIM's share of fresh noise; seeds: of the noise that DDIM with eta and Euler
-    ancestral add, one a row. init_latents: (B, 4, h, w) to start from, of which `strength` in (0, 1] is made anew
-    (SDEdit, Meng et al. 2022). mask: (h, w) or (B, 1, h, w) in [0, 1], 1 where they are made anew; elsewhere each
-    step starts from init_latents with its noise (Lugmayr et al. 2022). on_clean: told after each step where it leads,
-    (B, 4, h, w) of `predicted_clean`.
+    conditions, which add up to 1, for `blended` instead of the sum; None: the sum. eta: DDIM's share of fresh
+    noise; seeds: of the noise that DDIM with eta and Euler ancestral add, one a row. init_latents: (B, 4, h, w) to
+    start from, of which `strength` in (0, 1] is made anew (SDEdit, Meng et al. 2022). mask: (h, w) or (B, 1, h, w)
+    in [0, 1], 1 where they are made anew; elsewhere each step starts from init_latents with its noise (Lugmayr et
+    al. 2022). on_clean: told after each step where it leads, (B, 4, h, w) of `predicted_clean`.
     """
     scheduler = inference_scheduler(noise_scheduler, sampler)
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
@@ -159,7 +158,7 @@ def sample_latents(
     if "generator" in accepted and seeds is not None:
         step_options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
     scales = [scale for _, scale in conditions]
-    guided = scales != [1] and not (shares and set(scales) == {1})
+    guided = scales != [1]
     states = [states for states, _ in conditions]
     context = torch.cat([negative_hidden_states, *states] if guided else states)
     for timestep in timesteps:
@@ -173,8 +172,6 @@ def sample_latents(
             negative, *positives = noise_pred.split(len(latents))
             pulls = [scale * (positive - negative) for scale, positive in zip(scales, positives)]
             noise_pred = negative + (sum(pulls) if shares is None else blended(pulls, shares))
-        elif shares:
-            noise_pred = sum(share * each for share, each in zip(shares, noise_pred.split(len(latents))))
         latents = scheduler.step(noise_pred, timestep, latents, **step_options).prev_sample
         on_step()
         if on_clean is not None:
