@@ -36,6 +36,7 @@ def main():
                     take_pictures(driver, studio.stdout.readline().split()[0])
             finally:
                 studio.terminate()
+                studio.communicate()  # its last words, or it would find nobody there
 
 
 def take_pictures(driver, address: str) -> None:
