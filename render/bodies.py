@@ -4,12 +4,14 @@ Axes: the world is in metres, y up, a body looks along +z. UV coordinates are in
 texture is v = 1.
 """
 
+import contextlib
 import functools
 import gzip
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -59,16 +61,32 @@ def load_anny():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import anny
-        import anny.models.full_model as builder
 
-        # On a machine that never loaded it, Anny reads 1136 blend shapes from text, a line and a tensor at a time, for
-        # most of a minute, and keeps the result. Read as tables they are the very same numbers in a tenth of the time.
-        read_line_by_line = builder.load_blend_shape
-        builder.load_blend_shape = _read_blend_shape
-        try:
+        with contextlib.nullcontext() if _anny_is_kept() else _shapes_as_tables():
             return anny.Anny(skinning_method="lbs").eval()
-        finally:
-            builder.load_blend_shape = read_line_by_line
+
+
+def _anny_is_kept() -> bool:
+    """Whether Anny finds on this machine what it computes when it is first loaded."""
+    from anny.models.model_data import CURRENT_DATA_VERSION
+    from anny.paths import get_anny_cache_path
+
+    kept = get_anny_cache_path()
+    return kept is not None and any((Path(kept) / f"v{CURRENT_DATA_VERSION}").glob("build_compact_model_data_*"))
+
+
+@contextlib.contextmanager
+def _shapes_as_tables() -> Iterator[None]:
+    """Inside, Anny reads its 1136 blend shapes as tables: by itself a line and a tensor at a time, for most of a
+    minute. They are the very same numbers in a seventh of the time."""
+    import anny.models.full_model as builder  # with a mesh library: not to be loaded each time
+
+    read_line_by_line = builder.load_blend_shape
+    builder.load_blend_shape = _read_blend_shape
+    try:
+        yield
+    finally:
+        builder.load_blend_shape = read_line_by_line
 
 
 def _read_blend_shape(filename, vertices_count: int, world_transformation, dtype: torch.dtype) -> Tensor:

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from limits import bounded_memory
 from mutations import (
     damaged_bytes,
     damaged_json,
@@ -52,7 +53,7 @@ from render.smpl import read_amass, read_arrays
 from render.uv_space import uv_mask
 from training.caching import Cache
 
-resource = pytest.importorskip("resource")  # Windows has none
+pytest.importorskip("resource")  # Windows has none
 SHARE = float(os.environ.get("FUZZ_SHARE", 1 if IS_LONG else 0.0005))  # of the inputs of a long run
 SECONDS = 20  # that an input may take on a busy machine
 # Bytes of address space beyond what the process has. torch's and Python's readers ask for what a length of 32 bits
@@ -310,16 +311,6 @@ def too_slow(*_):
     raise TimeoutError(f"more than {SECONDS} s")
 
 
-@contextlib.contextmanager
-def bounded_memory():
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    if pages:
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ALLOWANCE, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
-
-
 def fault_of(target: Target, path: Path, content: bytes) -> str | None:
     """What a reader did on this file that it should not; None where it read it or refused it in one line."""
     path.write_bytes(content)
@@ -345,7 +336,7 @@ def fuzz(name: str, target: Target, folder: Path, inputs: int, start: int = 0) -
     """Faults, each with the number of an input that has it."""
     faults: dict[str, int] = {}
     earlier = signal.signal(signal.SIGALRM, too_slow)
-    with quietly(), bounded_memory():
+    with quietly(), bounded_memory(ALLOWANCE):
         for number in range(start, start + inputs):
             fault = fault_of(target, folder / target.file, target.make(random.Random(f"{name} {number}")))
             if fault:

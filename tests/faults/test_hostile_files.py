@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from limits import bounded_memory
 from PIL import Image
 from safetensors.torch import save_file
 from scipy.io import savemat
@@ -42,7 +43,7 @@ from render.render_turntable import main as turntable_main
 from render.smpl import read_amass, read_arrays, read_shapes
 from training.caching import Cache
 
-resource = pytest.importorskip("resource")  # Windows has none
+pytest.importorskip("resource")  # Windows has none
 ALLOWANCE = 800_000_000  # bytes of address space that a reader may take beyond what the process has
 DEEP = 10_000
 
@@ -50,12 +51,8 @@ DEEP = 10_000
 @pytest.fixture()
 def in_bounded_memory():
     """No reader may take more than ALLOWANCE: what would, gets a MemoryError, which no test here expects."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    if pages:
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ALLOWANCE, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
+    with bounded_memory(ALLOWANCE):
+        yield
 
 
 @pytest.fixture()
