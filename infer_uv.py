@@ -566,26 +566,25 @@ def make_all(jobs: list[Job], call: Call, earlier_batch: tuple[int, int] | None,
     """Makes and writes the textures → what is wrong with the pictures that were left out."""
     skipped, written = [], []
     bar = progress(total=len(jobs), desc="textures", unit="texture", hidden=not call.is_list)
-    writer = ThreadPoolExecutor(1)  # files are written, and bodies exported, while the next batch is made
-    for group in batches(jobs, batch_size, call.pipeline):
-        usable, opened, damaged = open_pictures(group)
-        usable, partials, misfits = keep_own_pixels(usable, opened, call)
-        damaged += misfits
-        skipped += damaged
-        for message in damaged:
-            bar.write(f"skipped: {message}", file=sys.stderr)
-        if usable:
-            count = call.settings.num_inference_steps
-            steps = progress(total=count, desc="denoising", unit="step", hidden=call.is_list)
-            textures = make_batch(usable, opened, partials, earlier_batch, call, steps.update)
-            steps.close()
-            finish_writing(written)
-            for row, (job, texture) in enumerate(zip(usable, textures)):
-                batch = earlier_batch or (row, len(usable))
-                written.append(writer.submit(write_job, job, texture, partials.get(job), batch, call))
-        bar.update(len(group))
-    finish_writing(written)
-    writer.shutdown()
+    with ThreadPoolExecutor(1) as writer:  # files are written, and bodies exported, while the next batch is made
+        for group in batches(jobs, batch_size, call.pipeline):
+            usable, opened, damaged = open_pictures(group)
+            usable, partials, misfits = keep_own_pixels(usable, opened, call)
+            damaged += misfits
+            skipped += damaged
+            for message in damaged:
+                bar.write(f"skipped: {message}", file=sys.stderr)
+            if usable:
+                count = call.settings.num_inference_steps
+                steps = progress(total=count, desc="denoising", unit="step", hidden=call.is_list)
+                textures = make_batch(usable, opened, partials, earlier_batch, call, steps.update)
+                steps.close()
+                finish_writing(written)
+                for row, (job, texture) in enumerate(zip(usable, textures)):
+                    batch = earlier_batch or (row, len(usable))
+                    written.append(writer.submit(write_job, job, texture, partials.get(job), batch, call))
+            bar.update(len(group))
+        finish_writing(written)
     bar.close()
     return skipped
 
