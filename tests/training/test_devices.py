@@ -18,7 +18,7 @@ CROSSES_OVER = {aten._to_copy.default, aten.copy_.default, aten._foreach_copy_.d
 
 
 class SecondDevice(TorchDispatchMode):
-    """Refuses, as CUDA does, what mixes devices, but for numbers (0-d, CPU) and copies; reads 1.0, or 0, from the card."""
+    """Refuses, as CUDA does, what mixes devices, but for copies and 0-d numbers; reads 1.0, True or 0 from the card."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +30,7 @@ class SecondDevice(TorchDispatchMode):
         is_on_card = [tensor.device == CARD for tensor in tensors]
         self.calls += any(is_on_card)
         if func == aten._local_scalar_dense.default and any(is_on_card):
-            return 1.0 if tensors[0].is_floating_point() else 0
+            return {torch.float32: 1.0, torch.bool: True}.get(tensors[0].dtype, 0)
         if func == aten._to_copy.default and is_on_card[0] and kwargs.get("device") == torch.device("cpu"):
             return torch.ones(tensors[0].shape, dtype=kwargs.get("dtype") or tensors[0].dtype)
         if func == aten.nonzero.default and is_on_card[0]:

@@ -2,11 +2,8 @@
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import default_collate
 
-from models.diffusion import sample_latents
-from models.generation import prompt_condition
 from training.objective import RowDraws, batch_losses
 from training.run import set_up
 
