@@ -1,7 +1,11 @@
 """One joint training step, ours against the structure of the seed's trainer and of diffusers' LoRA script.
 
-    python benchmarks/bench_train.py                          # the embedded base on the CPU, or SD 1.5's shape on CUDA
-    python benchmarks/bench_train.py --batch-sizes 4 8 16 32  # the curve of ours, paired
+    python benchmarks/bench_train.py                          # the embedded base on the CPU
+    python benchmarks/bench_train.py                          # on CUDA: SD 1.5's shape, with the table for a card
+    python benchmarks/bench_train.py --architecture sd21      # on CUDA: SD 2.1's
+
+The table for a card, some ten minutes: ours at growing batches until the memory is full, eager, compiled, with CUDA
+graphs (reduce-overhead) and tuned (max-autotune), with the share of the card's peak; and which attention kernels ran.
 
 seed: VAE, text encoder and CLIP in each step, two UNet passes with gradient checkpointing, one AdamW step. diffusers:
 the structure of its text-to-image LoRA script once a task: VAE and encoder in each pass, no checkpointing, an AdamW
@@ -12,6 +16,7 @@ the same rows; medians. The last line is JSON.
 """
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -20,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,6 +35,7 @@ import torch
 from count_scaling import TEXT, UNETS, VAE, VISION
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPVisionModel
@@ -44,6 +51,10 @@ from training.monitoring import RunLog, peak_flops, peak_memory
 from training.run import Run, set_up
 
 WARM_UP = 3
+ARCHITECTURES = {"sd15": "SD 1.5", "sd21": "SD 2.1"}  # names of count_scaling.py
+COMPILER_MODES = ("false", "true", "reduce-overhead", "max-autotune")
+CARD_BATCHES = [8, 16, 32, 64]
+ATTENTION_KERNELS = ("flash", "fmha", "attention", "cudnn_generated_fort_native_sdpa")
 OURS = {
     "ours, alternate": ["training.joint.schedule=alternate"],
     "ours, paired": ["training.joint.schedule=paired"],
@@ -51,15 +62,16 @@ OURS = {
 }
 
 
-def make_sd15_shape(folder: Path) -> Path:
-    """Stable Diffusion 1.5 and CLIP ViT-L/14 with random weights, in half precision, and the embedded tokenizer."""
+def make_sd_shape(name: str, folder: Path) -> Path:
+    """Stable Diffusion `name` (of UNETS) and its CLIP vision model with random weights, in half precision, and the
+    embedded tokenizer. Speed does not ask what the weights are; nothing else is measured of them."""
     tokenizer = load_base("embedded/base").tokenizer
     tokenizer.save_pretrained(folder / "tokenizer")
     modules = {
-        "unet": UNet2DConditionModel(sample_size=64, **UNETS["SD 1.5"]),
+        "unet": UNet2DConditionModel(sample_size=64, **UNETS[name]),
         "vae": AutoencoderKL(sample_size=512, **VAE),
-        "text_encoder": CLIPTextModel(CLIPTextConfig(**{**TEXT["SD 1.5"].to_dict(), "vocab_size": len(tokenizer)})),
-        "image_encoder": CLIPVisionModel(VISION["SD 1.5"]),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**{**TEXT[name].to_dict(), "vocab_size": len(tokenizer)})),
+        "image_encoder": CLIPVisionModel(VISION[name]),
     }
     for name, module in modules.items():
         module.half().save_pretrained(folder / name)
@@ -210,6 +222,48 @@ def overhead(ours: Ours, step_seconds: float, device: torch.device) -> float:
     return extra / (step_seconds + extra)
 
 
+def card_table(open_run: Callable[..., Run], device: torch.device, steps: int, batch_sizes: list[int]) -> dict:
+    """Prints ours, paired, by compiler mode and batch size until the memory is full → the fastest row."""
+    peak, best, flop_per_row = peak_flops(device) if device.type == "cuda" else None, {}, 0.0
+    print("\n| compiler | batch | samples/s | share of the peak | GB | first step s |\n" + "| --- " * 6 + "|")
+    for mode in COMPILER_MODES:
+        for batch_size in batch_sizes:
+            torch.compiler.reset()
+            try:
+                ours = Ours(open_run(batch_size, "training.joint.schedule=paired", f"model.compile={mode}"))
+                if not flop_per_row:  # eager: compiled kernels are not counted
+                    with FlopCounterMode(display=False) as counter:
+                        ours.step()
+                    flop_per_row = counter.get_total_flops() / (2 * batch_size)
+                first = timed(ours.step, device)
+                seconds, peaks = medians({"ours": ours}, steps, device)
+            except torch.OutOfMemoryError:
+                print(f"| {mode} | {batch_size} | out of memory | | | |", flush=True)
+                break
+            finally:
+                ours = None
+                gc.collect()
+                torch.cuda.empty_cache()
+            rate = 2 * batch_size / seconds["ours"]
+            mfu = f"{rate * flop_per_row / peak:.1%}" if peak else "not known"
+            row = [mode, batch_size, f"{rate:.1f}", mfu, f"{peaks['ours']:.1f}", f"{first:.0f}"]
+            print("| " + " | ".join(map(str, row)) + " |", flush=True)
+            if rate > best.get("samples_per_second", 0):
+                best = {"compiler": mode, "batch_size": batch_size, "samples_per_second": round(rate, 1), "share": mfu}
+    return best
+
+
+def kernels_of_a_step(ours: Ours, device: torch.device) -> dict:
+    """How many kernels (operators on the CPU) a step launches, and which of them are attention's."""
+    on_card = device.type == "cuda"
+    activities = [ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU]
+    with profile(activities=activities) as profiler:
+        timed(ours.step, device)
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    names = [name for name in counts if any(word in name.lower() for word in ATTENTION_KERNELS)]
+    return {"kernels": sum(counts.values()), "attention_kernels": sorted(name[:80] for name in names)}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each variant")
@@ -218,10 +272,14 @@ def main():
     parser.add_argument("--shared", action="store_true", help="only: beside a busy process, on the CPU")
     parser.add_argument("--rounds", type=int, default=3, help="of --shared")
     parser.add_argument("--own-steps", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("--architecture", choices=("embedded", "sd15"), help="default: sd15 where there is CUDA")
+    parser.add_argument(
+        "--architecture", choices=("embedded", *ARCHITECTURES), help="default: sd15 where there is CUDA"
+    )
+    parser.add_argument("--table", action="store_true", help="the table for a card, also without one")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     architecture = args.architecture or ("sd15" if device.type == "cuda" else "embedded")
+    is_table = args.table or device.type == "cuda"
     datasets.disable_progress_bars()
     if args.own_steps is not None:
         one = {"ours": Ours(set_up(load_config(DEFAULT_CONFIG, args.own_steps), "joint"))}
@@ -238,13 +296,13 @@ def main():
             "data.validation_textures=0",
             "training.joint.gamma=0",
         ]
-        if architecture == "sd15":
-            base = make_sd15_shape(Path(work, "base"))
+        if architecture in ARCHITECTURES:
+            base = make_sd_shape(ARCHITECTURES[architecture], Path(work, "base"))
             settings += [
                 f"model.pretrained_model={base}",
                 "data.resolution=512",
                 "model.aligner.layers=3",
-                "model.aligner.heads=12",
+                "model.aligner.heads=8",
                 "model.lora.target_modules=[to_q, to_k, to_v, to_out.0]",
             ]
 
@@ -287,13 +345,17 @@ def main():
         if device.type == "cuda":
             reached = counter.get_total_flops() / seconds[best]
             result["mfu"] = round(reached / peak_flops(device), 3) if peak_flops(device) else None
-        for batch_size in args.batch_sizes:
+        result |= kernels_of_a_step(paired, device)
+        for batch_size in args.batch_sizes if not is_table else ():
             one = {"paired": Ours(open_run(batch_size, *OURS["ours, paired"]))}
             step_seconds, peak_gb = medians(one, args.steps, device)
             samples_per_second = 2 * batch_size / step_seconds["paired"]
             peak = f"{peak_gb['paired']:6.1f} GB"
             print(f"ours, paired, batch {batch_size:<4}{samples_per_second:8.1f} samples/s {peak}")
         del variants, paired
+        if is_table:
+            batch_sizes = args.batch_sizes or CARD_BATCHES
+            result["fastest"] = card_table(open_run, device, args.steps, batch_sizes)
         result["seconds_to_first_step"] = round(seconds_to_first_step([*settings, "training.joint.max_steps=100"]), 1)
         result["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     print(json.dumps(result))

@@ -4,7 +4,7 @@
 
 DIR holds smpl_uv.obj, real_textures/*.png and real_textures/prompts.txt. Trains on 40 renders of each texture, then
 generates from each prompt and from one further render of each. A hit: of the real textures, the nearest to what was
-generated, by mean squared error inside the UV mask at 64x64, is the right one. The last line is JSON.
+
 """
 
 import argparse
@@ -28,6 +28,7 @@ from atlas_dataset.views import render_texture
 from common.errors import exit_on_user_error
 from common.pictures import image_from_pixels, open_image
 from config.configuration import DEFAULT_CONFIG, Render, dotted_overrides, load_config
+from evaluation.texture_space import psnr
 from models.checkpoints import load_checkpoint
 from models.diffusion import autocast, resolve_precision
 from models.generation import generate, picture_condition, prompt_condition
@@ -115,8 +116,9 @@ def main():
         by_text = f"{text[row]:<9}{text_error[row, row]:<9.4f}"
         by_image = f"{image[row]:<10}{image_error[row, row]:<9.4f}"
         print(f"{row:<9}{by_text}{by_image}{prompt}")
+    side = generated["text"].shape[-1]
+    full = torch.stack([texture_pixels(texture, side) for texture in textures])
     if args.keep:
-        full = torch.stack([texture_pixels(texture, generated["text"].shape[-1]) for texture in textures])
         rows = [full, generated["text"], generated["image"]]
         image_from_pixels(torch.cat([torch.cat([*row], dim=-1) for row in rows], dim=-2)).save(work / "textures.png")
     else:
@@ -124,6 +126,8 @@ def main():
     hits = {}
     for name, (indices, _) in nearest_to.items():
         hits[f"{name}_hits"] = sum(index == row for row, index in enumerate(indices))
+        decibels = psnr((generated[name].float().clamp(-1, 1) + 1) / 2, (full + 1) / 2, uv_mask(rig.body, side))
+        hits[f"{name}_psnr"] = round(decibels.mean().item(), 2)
     print(json.dumps({**hits, "textures": len(source), "seconds": round(seconds)}))
 
 

@@ -79,7 +79,9 @@ class Model(Section):
     attention: Literal["sdpa", "xformers"] = "sdpa"  # xformers is optional and never needed
     gradient_checkpointing: bool = False
     channels_last: bool = False  # memory format of the UNet's convolutions
-    compile: bool = False  # the whole UNet, for fixed shapes; needs a C++ compiler, on CUDA Triton
+    # The whole UNet, for fixed shapes: true, or a mode of torch.compile (reduce-overhead: CUDA graphs). Needs a C++
+    # compiler, on CUDA Triton.
+    compile: bool | Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False
     zero_terminal_snr: bool = False  # the last timestep is pure noise (Lin et al. 2024); for v-prediction
     image_size: Positive | None = None  # longer side of pictures for the image encoder; null: the square it knows
     prompt_template: str = "{prompt}"  # what the text encoder is given, in training and inference

@@ -293,12 +293,12 @@ def _prepare_unet(unet, cfg: Config) -> None:
         unet.train()  # diffusers checkpoints in training mode alone; these UNets have no dropout but LoRA's
     elif cfg.model.lora.dropout:
         unet.train()
-    if cfg.model.compile:
+    if mode := cfg.model.compile:
         try:
             torch.compile(torch.nn.functional.silu)(torch.zeros(8, device=unet.device))
         except Exception as error:  # the compilers have many kinds
             raise UserError(f"model.compile cannot be used ({reason(error)}); set it to false") from error
-        unet.compile(dynamic=False)
+        unet.compile(dynamic=False, mode=None if mode is True else mode)
 
 
 def make_optimizer(name: str, groups: list[dict], schedule: Schedule) -> torch.optim.Optimizer:
