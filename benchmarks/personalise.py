@@ -2,15 +2,17 @@
 
     python benchmarks/personalise.py --people 5 --examples 1,3,5
 
-Each person is an outfit that training never saw, painted N times. Trains an adapter as personalise.py does; the same
-without preservation, for as many steps, to compare what bleeds into the class; and without a stop, to compare the kept
-step with the best of all. The last line is JSON, means over people, of the first number of examples; the table has all.
+Each person is an outfit that training never saw, painted N times. Trains an adapter as personalise.py does, but to the
+last step: the measures tell where it would have stopped and which step it would have kept; where that is not the best
+of all, the adapter is trained once more, with the stop. The same without preservation, for as many steps, to compare
+what bleeds into the class. The last line is JSON, means over people, of the first number of examples; the table has
+all.
 
 identity_map: mean average precision of textures of the word among three more paintings of the person and 50 of others.
 edit_follows, edit_keeps: share of named colours, and of the other regions' own ones, right in textures of "WORD in a
 COLOUR TOP" and the like. bleed_ratio: mean change of the class's textures over that without preservation. stop_within:
 share of the sweep's best score that the kept step lacks. copy_paste: how far an edited region stays the example's, 0 to
-1. both_found: two people's words with both adapters, each nearest to its own person. seconds: of one training.
+1. both_found: two people's words with both adapters, each nearest to its own person. seconds: of one training, to its stop.
 """
 
 import argparse
@@ -19,6 +21,8 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +37,7 @@ from torch.nn import functional as F
 from common.errors import exit_on_user_error
 from common.files import write_whole
 from common.pictures import encode_image, image_from_pixels
-from config.configuration import dotted_overrides
+from config.configuration import DEFAULT_CONFIG, dotted_overrides, load_config
 from embedded.captions import with_article
 from embedded.grammar import COLOURS, Outfit, sample_outfit
 from embedded.painter import BOTTOM, TOP, Painting, paint
@@ -49,6 +53,7 @@ from evaluation.procedural import (
 )
 from models.pipeline import TexturePipeline
 from render.uv_space import texture_pixels
+from training.personal import Watch
 from training.personalising import personal_config, personalise
 
 WORDS = ("sks", "ohwx", "zwx", "qxv", "wrtq")
@@ -140,6 +145,36 @@ def bleed(base: list[Tensor], pipeline: TexturePipeline, class_prompt: str, mask
     return float(torch.stack([(a - b).abs()[:, mask].mean() for a, b in zip(adapted, base)]).mean())
 
 
+def score(entry: dict) -> float:
+    return entry["identity"] * entry["prior"]
+
+
+def stop_of(measures: list[dict], patience: int) -> int:
+    """How many of the measures are taken before training would stop by itself."""
+    for count in range(1, len(measures) + 1):
+        best = max(range(count), key=lambda number: score(measures[number]))
+        if count - best > patience:
+            return count
+    return len(measures)
+
+
+@contextmanager
+def clock_of_measures() -> Iterator[dict[int, float]]:
+    """Inside, when each step had been measured."""
+    measured_at, original = {}, Watch.measure
+
+    def measure(watch: Watch, step: int):
+        taken = original(watch, step)
+        measured_at[step] = time.perf_counter()
+        return taken
+
+    Watch.measure = measure
+    try:
+        yield measured_at
+    finally:
+        Watch.measure = original
+
+
 def measure(person: Person, count: int, distractors: list[Tensor], work: Path, args, overrides: list[str]) -> dict:
     """Trains on `count` examples of a person → MEASURES, those left out None."""
     class_prompt, folder = with_article(person.outfit.person), work / f"{person.word}-{count}"
@@ -157,11 +192,19 @@ def measure(person: Person, count: int, distractors: list[Tensor], work: Path, a
         return TexturePipeline.from_pretrained(args.base_checkpoint, adapters=[str(adapter) for adapter in adapters])
 
     began = time.perf_counter()
-    adapter, measures = train("kept")
-    results = dict.fromkeys(MEASURES) | {"seconds": time.perf_counter() - began}
+    with clock_of_measures() as measured_at:
+        adapter, measures = train("sweep", "personal.patience=null") if args.sweep else train("kept")
+    ended, results = time.perf_counter(), dict.fromkeys(MEASURES)
+    until_stop = measures[: stop_of(measures, load_config(DEFAULT_CONFIG).personal.patience)]
+    best = max(until_stop, key=score)
+    seconds_after_stop = measured_at[measures[-1]["step"]] - measured_at[until_stop[-1]["step"]]
+    results["seconds"] = ended - began - seconds_after_stop
+    if args.sweep:
+        results["stop_within"] = 1 - score(best) / max(map(score, measures))
+    if score(best) < max(map(score, measures)):
+        adapter, _ = train("kept")
     files = [adapter / name for name in ("pytorch_lora_weights.safetensors", f"{person.word}.safetensors")]
     results["megabytes"] = sum(file.stat().st_size for file in files) / 1e6
-    best = max(measures, key=lambda entry: entry["identity"] * entry["prior"])
     results["step"] = best["step"]
     adapted = pipeline(adapter)
     truths = [embedding(person.painting(count + number).texture[:3]) for number in range(TRUTHS)]
@@ -173,17 +216,18 @@ def measure(person: Person, count: int, distractors: list[Tensor], work: Path, a
         without, _ = train("without", "training.personal.beta=0", steps=best["step"])
         with_prior, alone = (bleed(base, each, class_prompt, mask) for each in (adapted, pipeline(without)))
         results["bleed_ratio"] = with_prior / alone
-    if not args.no_sweep:
-        _, sweep = train("sweep", "personal.patience=null")
-        scores = [entry["identity"] * entry["prior"] for entry in (*sweep, best)]
-        results["stop_within"] = 1 - scores[-1] / max(scores)
     return results
+
+
+def kept_adapter(work: Path, person: Person, count: int) -> Path:
+    kept, sweep = (work / f"{person.word}-{count}-{name}" for name in ("kept", "sweep"))
+    return kept if kept.exists() else sweep
 
 
 def both_found(pair: list[Person], distractors: list[Tensor], work: Path, args) -> float:
     """Share of textures of two words, both adapters put together, that are nearest to their own person's paintings."""
     count = args.examples[0]
-    adapters = [str(work / f"{person.word}-{count}-kept") for person in pair]
+    adapters = [str(kept_adapter(work, person, count)) for person in pair]
     pipeline = TexturePipeline.from_pretrained(args.base_checkpoint, adapters=adapters)
     gallery = [embedding(person.painting(count).texture[:3]) for person in pair] + distractors
     hits = []
@@ -200,7 +244,7 @@ def main():
     parser.add_argument("--examples", type=lambda text: [int(each) for each in text.split(",")], default=[1, 3])
     parser.add_argument("--base-checkpoint", help="default: your newest one, or the embedded one")
     parser.add_argument("--no-bleed", action="store_true", help="leave out the run without preservation")
-    parser.add_argument("--no-sweep", action="store_true", help="leave out the run without a stop")
+    parser.add_argument("--no-sweep", dest="sweep", action="store_false", help="stop by itself, and measure no stop")
     parser.add_argument("--keep", type=Path, help="folder for examples and adapters (default: thrown away)")
     args, unknown = parser.parse_known_args()
     datasets.disable_progress_bars()
