@@ -12,7 +12,8 @@ identity_map: mean average precision of textures of the word among three more pa
 edit_follows, edit_keeps: share of named colours, and of the other regions' own ones, right in textures of "WORD in a
 COLOUR TOP" and the like. bleed_ratio: mean change of the class's textures over that without preservation. stop_within:
 share of the sweep's best score that the kept step lacks. copy_paste: how far an edited region stays the example's, 0 to
-1. both_found: two people's words with both adapters, each nearest to its own person. seconds: of one training, to its stop.
+1. both_found: two people's words with both adapters, each nearest to its own person. seconds: of one training, to its
+stop.
 """
 
 import argparse
