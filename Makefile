@@ -6,7 +6,7 @@ setup: .venv/.ready
 demo: setup
 	$(BIN)/python -m embedded.demo
 test: .venv/.ready-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-fail-under=85
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=20 --cov --cov-fail-under=85
 test-faults: .venv/.ready-test
 	$(BIN)/python tests/faults/run_all.py
 lint: .venv/.ready-test
