@@ -125,7 +125,9 @@ def tables(results: dict[str, dict], limit: int) -> str:
         lines += [f"## {title}", "", *rows_of(SYSTEMS, results, columns), ""]
     if "data" in results:
         lines += ["## On textures of the user's own", "", described(results["data"], limit), ""]
-        lines += [f"**Warning:** {warning}.\n" for warning in results["data"]["warnings"]]
+        folder = str(results["data"]["data"])  # somebody's own: its name is enough for a page
+        warnings = [warning.replace(folder, Path(folder).name) for warning in results["data"]["warnings"]]
+        lines += [f"**Warning:** {warning}.\n" for warning in warnings]
         for _, columns in TABLES:
             shown = rows_of(OWN_SYSTEMS, results, columns)
             if any(set(row.split(" | ")[1:]) - {"–", "– |"} for row in shown[2:]):
