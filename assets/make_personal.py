@@ -1,7 +1,7 @@
 """Remakes gallery/personal.png: a real texture, learned from itself alone and changed by words.
 
     python benchmarks/real_textures.py DIR --keep RUN
-    python assets/make_personal.py DIR RUN/checkpoints/joint/step-001100
+    python assets/make_personal.py DIR RUN/checkpoints/joint/step-001200
 
 DIR as that benchmark has it: the checkpoint is of the layout of its textures, and has seen all seven under their own
 prompts. Columns: the example, the word alone, the word with other clothes; from in front and from behind.

@@ -3,6 +3,7 @@
     python benchmarks/bench_train.py                          # the embedded base on the CPU
     python benchmarks/bench_train.py                          # on CUDA: SD 1.5's shape, with the table for a card
     python benchmarks/bench_train.py --architecture sd21      # on CUDA: SD 2.1's
+    python benchmarks/bench_train.py --batch-sizes 4 8 16 32  # ours, paired, at these; on CUDA: those of the table
 
 The table for a card, some ten minutes: ours at growing batches until the memory is full, eager, compiled, with CUDA
 graphs (reduce-overhead) and tuned (max-autotune), with the share of the card's peak; and which attention kernels ran.

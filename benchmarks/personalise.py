@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from common.errors import exit_on_user_error
 from common.files import write_whole
 from common.pictures import encode_image, image_from_pixels
-from config.configuration import DEFAULT_CONFIG, dotted_overrides, load_config
+from config.configuration import Config, dotted_overrides
 from embedded.captions import with_article
 from embedded.grammar import COLOURS, Outfit, sample_outfit
 from embedded.painter import BOTTOM, TOP, Painting, paint
@@ -150,11 +150,11 @@ def score(entry: dict) -> float:
     return entry["identity"] * entry["prior"]
 
 
-def stop_of(measures: list[dict], patience: int) -> int:
-    """How many of the measures are taken before training would stop by itself."""
+def stop_of(measures: list[dict], patience: int | None) -> int:
+    """How many of the measures are taken before training would stop by itself; with None it does not."""
     for count in range(1, len(measures) + 1):
         best = max(range(count), key=lambda number: score(measures[number]))
-        if count - best > patience:
+        if patience is not None and count - best > patience:
             return count
     return len(measures)
 
@@ -183,10 +183,12 @@ def measure(person: Person, count: int, distractors: list[Tensor], work: Path, a
         picture = image_from_pixels(person.painting(number).texture * 2 - 1)
         write_whole(folder / f"{number}.png", encode_image(picture, format="PNG"))
 
-    def train(name: str, *changes: str, **options) -> tuple[Path, list[dict]]:
+    def config(*changes: str, **options) -> Config:
         given = [f"output.log_dir={work / 'logs'}", *overrides, *changes]
-        cfg = personal_config(args.base_checkpoint, folder, person.word, class_prompt, overrides=given, **options)
-        out = personalise(cfg, work / f"{person.word}-{count}-{name}")
+        return personal_config(args.base_checkpoint, folder, person.word, class_prompt, overrides=given, **options)
+
+    def train(name: str, *changes: str, **options) -> tuple[Path, list[dict]]:
+        out = personalise(config(*changes, **options), work / f"{person.word}-{count}-{name}")
         return out, json.loads((out / "measures.json").read_text())
 
     def pipeline(*adapters: Path) -> TexturePipeline:
@@ -196,7 +198,7 @@ def measure(person: Person, count: int, distractors: list[Tensor], work: Path, a
     with clock_of_measures() as measured_at:
         adapter, measures = train("sweep", "personal.patience=null") if args.sweep else train("kept")
     ended, results = time.perf_counter(), dict.fromkeys(MEASURES)
-    until_stop = measures[: stop_of(measures, load_config(DEFAULT_CONFIG).personal.patience)]
+    until_stop = measures[: stop_of(measures, config().personal.patience)]
     best = max(until_stop, key=score)
     seconds_after_stop = measured_at[measures[-1]["step"]] - measured_at[until_stop[-1]["step"]]
     results["seconds"] = ended - began - seconds_after_stop

@@ -1,4 +1,4 @@
-"""Frozen weights of half precision under LoRA in float32, and devices that do not mix, without a card."""
+"""Frozen weights of half precision under LoRA in float32, without a card."""
 
 import pytest
 import torch
