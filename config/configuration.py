@@ -116,6 +116,8 @@ class Schedule(Section):
     beta: Annotated[Number, Field(ge=0)] = 1.0  # weight of loss/i2uv
     gamma: Annotated[Number, Field(ge=0)] = 0.0  # weight of loss/align: aligner tokens against the prompt's states
     both_share: Share = 0.0  # share of I2UV rows conditioned on a random blend of picture and prompt
+    partial_share: Share = 0.0  # share of I2UV rows that see what a picture would show of their texture
+    partial_learning_rate: Annotated[Number, Field(gt=0)] | None = None  # of those input channels; null: learning_rate
 
     @model_validator(mode="after")
     def _divides(self):

@@ -34,6 +34,7 @@ from models.base import BaseModel, load_configured_base, pick_device
 from models.conditioning import aligner_from_state
 from models.diffusion import frozen_dtype, resolve_precision
 from models.lora_files import image_encoder_lora_file, load_image_encoder_lora, load_lora
+from models.partial import PARTIAL_FILE, PartialInput, load_partial_input, save_partial_input
 
 CONFIG_FILE, ALIGNER_FILE, STATE_FILE = "config.yaml", "aligner.safetensors", "training_state.json"
 RESUME_FILE = "training_state.pt"
@@ -49,14 +50,16 @@ def save_checkpoint(
     aligner: nn.Module | None,
     state: dict | None = None,
     adapter: Adapter | None = None,
+    partial_input: PartialInput | None = None,
 ) -> None:
     """Writes LoRA, aligner (unless None), the resolved configuration, the step, and what resuming needs (unless None);
-    of a personal adapter, its word too.
+    of a personal adapter, its word too; and the input for partial textures where there is one.
 
     Raises UserError on NaN weights or a full disk: no half checkpoint is left, and earlier ones stay.
     """
     trained = [parameter for module in adapted_modules(base).values() for parameter in lora_parameters(module)]
     trained += list(aligner.parameters()) if aligner else []
+    trained += list(partial_input.parameters()) if partial_input else []
     if not all_finite(trained):
         raise UserError(
             f"weights at step {global_step} are not finite: {folder} is not written, earlier checkpoints are whole; "
@@ -74,6 +77,8 @@ def save_checkpoint(
             weights = {key: value.detach().cpu().to(dtype).contiguous() for key, value in aligner.state_dict().items()}
             metadata = {key: str(value) for key, value in cfg.model.aligner.model_dump().items()}
             safetensors.torch.save_file(weights, partial / ALIGNER_FILE, metadata)
+        if partial_input is not None:
+            save_partial_input(partial, partial_input, dtype)
         if state is not None:
             torch.save(state, partial / RESUME_FILE)
         save_config(cfg, partial / CONFIG_FILE)
@@ -229,11 +234,15 @@ def check_fits(aligner: nn.Module, path: Path, base: BaseModel) -> None:
 
 @dataclass
 class TrainedModel:
-    """A base with its LoRA, its aligner (None when it was trained on text alone) and its configuration."""
+    """A base with its LoRA, its aligner (None when it was trained on text alone) and its configuration.
+
+    partial_input: for partial textures, where it was trained with them; not yet attached to the UNet.
+    """
 
     base: BaseModel
     aligner: nn.Module | None
     cfg: Config
+    partial_input: PartialInput | None = None
 
 
 def load_trained(cfg: Config, lora: Path | None, aligner: Path | None) -> TrainedModel:
@@ -274,4 +283,7 @@ def load_checkpoint(folder: str | Path, overrides: Sequence[str] = ()) -> Traine
             if needs_lora
             else f"{folder} holds {IMAGE_ENCODER_LORA_FILE} for no aligner with {rank}; copy the checkpoint whole"
         )
-    return load_trained(cfg, folder, aligner if aligner.is_file() else None)
+    trained = load_trained(cfg, folder, aligner if aligner.is_file() else None)
+    if (folder / PARTIAL_FILE).is_file():
+        trained.partial_input = load_partial_input(folder / PARTIAL_FILE, trained.base.unet)
+    return trained

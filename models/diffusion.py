@@ -129,6 +129,7 @@ def sample_latents(
     on_step: Callable[[], None] = lambda: None,
     shares: tuple[float, ...] | None = None,
     on_clean: Callable[[Tensor], None] | None = None,
+    partial: Tensor | None = None,
 ) -> Tensor:
     """Denoises with classifier-free guidance from one condition or several (Ho & Salimans 2022; composed as in Liu et
     al. 2022): negative + sum of the pulls scale · (condition - negative), all in one UNet batch.
@@ -139,7 +140,8 @@ def sample_latents(
     noise; seeds: of the noise that DDIM with eta and Euler ancestral add, one a row. init_latents: (B, 4, h, w) to
     start from, of which `strength` in (0, 1] is made anew (SDEdit, Meng et al. 2022). mask: (h, w) or (B, 1, h, w)
     in [0, 1], 1 where they are made anew; elsewhere each step starts from init_latents with its noise (Lugmayr et
-    al. 2022). on_clean: told after each step where it leads, (B, 4, h, w) of `predicted_clean`.
+    al. 2022). on_clean: told after each step where it leads, (B, 4, h, w) of `predicted_clean`. partial:
+    (B, 4 + 1, h, w) of models/partial.py, for a UNet that has channels for it.
     """
     scheduler = inference_scheduler(noise_scheduler, sampler)
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
@@ -166,7 +168,8 @@ def sample_latents(
             noisy_start = scheduler.add_noise(init_latents, noise, timestep[None].expand(len(noise)))
             latents = mask * latents + (1 - mask) * noisy_start
         noisy_latents = scheduler.scale_model_input(latents, timestep)
-        model_input = noisy_latents.repeat(len(context) // len(latents), 1, 1, 1)
+        model_input = noisy_latents if partial is None else torch.cat([noisy_latents, partial], dim=1)
+        model_input = model_input.repeat(len(context) // len(latents), 1, 1, 1)
         noise_pred = unet(model_input.to(unet.dtype), timestep, context.to(unet.dtype)).sample.float()
         if guided:
             negative, *positives = noise_pred.split(len(latents))

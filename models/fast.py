@@ -4,7 +4,7 @@ It lies in the checkpoint's folder, in FOLDER: diffusers' LoRA file, and fast.js
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from common.errors import UserError, reason
@@ -49,7 +49,7 @@ def load_fast(trained: TrainedModel, checkpoint: Path, steps: int) -> TrainedMod
     bake_lora(trained.base)
     values = {"num_inference_steps": steps, "sampler": "ddim", "guidance_scale": 1.0, "image_guidance_scale": None}
     cfg = updated(trained.cfg, {f"inference.{name}": value for name, value in values.items()})
-    return TrainedModel(trained.base, trained.aligner, cfg)
+    return replace(trained, cfg=cfg)
 
 
 def fast_weights_hash(checkpoint: Path) -> str:

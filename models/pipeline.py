@@ -27,6 +27,7 @@ from models.diffusion import autocast, decode_latents, encode_posterior, resolve
 from models.fast import load_fast
 from models.generation import conditions_of, finish_texture, generate_guided, joined, shares_of
 from models.interchange import load_any
+from models.partial import attach, partial_channels
 from models.settings import MASKED_STRENGTH, GenerationSettings
 from render.projection import Fit, Sighting, aligned, blend_in, merge, sight_fit
 from render.regions import BODY_REGIONS, region_mask
@@ -43,6 +44,8 @@ class TexturePipeline:
     def __init__(self, trained: TrainedModel, origin: str = ""):
         self.trained, self.origin = trained, origin
         merge_lora(trained.base)
+        if trained.partial_input is not None:
+            attach(trained.base.unet, trained.partial_input)
         self.body_spec = trained.cfg.data.body or "anny"
         self.body = load_body(self.body_spec)
         self.settings = GenerationSettings.of(trained.cfg.inference)
@@ -232,6 +235,8 @@ class TexturePipeline:
             shares = torch.stack([self.mask(mask, side * base.vae_scale)[None] for _, mask in edits])
             pool = F.avg_pool2d if is_soft else F.max_pool2d
             options["mask"] = pool(shares, base.vae_scale).to(base.device)
+            if is_soft and self.trained.partial_input is not None:
+                options["partial"] = partial_channels(latents, (1 - options["mask"]).expand(rows, -1, -1, -1))
         return options
 
     def _finished(

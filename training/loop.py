@@ -244,7 +244,9 @@ def save(run: Run) -> Path:
         with run.averaged():
             adapter = adapter_of(run.cfg) if run.task == "personal" else None
             aligner = None if run.task == "fast" else run.aligner  # the checkpoint's own, which stays as it is
-            save_checkpoint(folder, run.cfg, run.task, run.global_step, run.base, aligner, state, adapter)
+            save_checkpoint(
+                folder, run.cfg, run.task, run.global_step, run.base, aligner, state, adapter, run.partial_input
+            )
         drop_old_checkpoints(run.folder, run.cfg.output.keep_last)
     processes.wait()
     return folder

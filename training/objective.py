@@ -84,6 +84,7 @@ def forward_losses(
     noise, timesteps, encoder_hidden_states, losses = [], [], [], {}
     scales = []  # of the task "fast"
     rows_of_kinds = []  # of the task "personal"
+    partials = []  # of pictures that show a part of the texture
     for kind in kinds:
         noise.append(draws.normal(latents.shape[1:]).to(latents))  # (B, 4, H/8, W/8)
         if run.shortcuts:
@@ -105,6 +106,8 @@ def forward_losses(
                 states = blend_rows(text_states.detach(), states, schedule.both_share, draws)
         is_dropped = draws.uniform() < schedule.condition_dropout  # (B,)
         encoder_hidden_states.append(drop_conditions(states, null_states, is_dropped))
+        if run.partials:
+            partials.append(run.partials.rows(kind, latents, draws))
 
     noise, timesteps = torch.cat(noise), torch.cat(timesteps)  # (K B, 4, H/8, W/8), (K B,)
     encoder_hidden_states = torch.cat(encoder_hidden_states)  # (K B, L, D)
@@ -120,7 +123,8 @@ def forward_losses(
             latents, noise = run.shortcuts.straightened(
                 latents, noise, timesteps, encoder_hidden_states, torch.cat(scales)
             )
-    errors = denoising_errors(run, latents, noise, timesteps, encoder_hidden_states, teacher)  # (K B,)
+    partial = torch.cat(partials) if partials else None  # (K B, 4 + 1, h, w)
+    errors = denoising_errors(run, latents, noise, timesteps, encoder_hidden_states, teacher, partial)  # (K B,)
     if min_snr_gamma := run.cfg.training.min_snr_gamma:
         errors = errors * min_snr_weight(noise_scheduler, timesteps, min_snr_gamma)
 
@@ -175,15 +179,19 @@ def denoising_errors(
     timesteps: Tensor,
     encoder_hidden_states: Tensor,
     teacher: tuple[Tensor, Tensor] | None = None,
+    partial: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error of the UNet's prediction in each row, (B,), texels weighted by `run.texel_weight`; the first
     `training.leading_channels` count for as much as all the others.
 
     teacher: states (B, L, D) and a share (B, 1, H/8, W/8) of the target that is not the noise's but what the UNet
-    predicts for them without its LoRA.
+    predicts for them without its LoRA. partial: (B, 4 + 1, H/8, W/8) of models/partial.py, with channels for it.
     """
     unet, noise_scheduler = run.base.unet, run.base.noise_scheduler
-    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps).to(unet.dtype)
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    if partial is not None:
+        noisy_latents = torch.cat([noisy_latents, partial], dim=1)
+    noisy_latents = noisy_latents.to(unet.dtype)
     if run.cfg.model.channels_last:
         noisy_latents = noisy_latents.contiguous(memory_format=torch.channels_last)
     encoder_hidden_states = encoder_hidden_states.to(unet.dtype)

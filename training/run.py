@@ -23,12 +23,14 @@ from lora_utils import adapted_modules, add_image_encoder_lora, add_lora, add_te
 from models.base import BaseModel, load_configured_base, pick_device
 from models.conditioning import encode_prompts, make_aligner, picture_size
 from models.diffusion import autocast, frozen_dtype, resolve_precision
+from models.partial import PartialInput, attach
 from render.bodies import Body
 from render.rigs import load_body
 from render.uv_space import uv_mask
 from training.caching import use_caches
 from training.fast import Shortcuts, add_fast
 from training.launcher import check_launch, launched_device, launched_precision
+from training.partial import Partials
 from training.personal import Lessons, Watch, add_personal, build_examples, make_lessons, make_watch
 from training.tasks import CONDITIONS
 
@@ -65,6 +67,8 @@ class Run:
     lessons: Lessons | None = None  # of the task "personal", as is the next
     watch: Watch | None = None
     shortcuts: Shortcuts | None = None  # of the task "fast"
+    partial_input: PartialInput | None = None  # trained where training.<task>.partial_share is above 0, for the next
+    partials: Partials | None = None
     global_step: int = 0
     skipped: int = 0  # steps in a row whose gradient was not finite
 
@@ -171,7 +175,7 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
             f"training.leading_channels is {settings.leading_channels}, but this base's latents have {latent_channels} "
             "channels in all; take fewer, or null"
         )
-    aligner, groups = _add_trained(cfg, task, base)
+    aligner, partial_input, groups = _add_trained(cfg, task, base)
     parameters = [parameter for group in groups for parameter in group["params"]]
     null_states = None
     if not cfg.model.lora.text_encoder_r:
@@ -196,7 +200,11 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
     lr_scheduler = make_lr_scheduler(optimizer, schedule, total_steps)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     ema = EMAModel(parameters, decay=settings.ema_decay) if settings.ema_decay else None
-    lessons = watch = shortcuts = None
+    lessons = watch = shortcuts = partials = None
+    if partial_input is not None:
+        where = (dataset.resolution, base.vae_scale)
+        partials = Partials.of(cfg.data.render, cfg.data.body, settings.seed, *where, schedule.partial_share)
+        partials.visible = partials.visible.to(device)
     if task == "personal":
         with autocast(device, precision):
             lessons = make_lessons(cfg, base, body, dataset.resolution)
@@ -224,6 +232,8 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
         lessons=lessons,
         watch=watch,
         shortcuts=shortcuts,
+        partial_input=partial_input,
+        partials=partials,
     )
 
 
@@ -243,22 +253,24 @@ def _texel_weight(outside_weight: float, body: Body, resolution: int, base: Base
     return (inside + outside_weight * (1 - inside)).to(base.device)
 
 
-def _add_trained(cfg: Config, task: str, base: BaseModel) -> tuple[torch.nn.Module | None, list[dict]]:
+def _add_trained(
+    cfg: Config, task: str, base: BaseModel
+) -> tuple[torch.nn.Module | None, PartialInput | None, list[dict]]:
     """Puts LoRA on the frozen base and makes the aligner, in float32, from the seed → the aligner (None without
-    pictures) and the optimiser's groups of parameters."""
+    pictures), the input for partial textures (None where no row sees one) and the optimiser's groups of parameters."""
     schedule = getattr(cfg.training, task)
     torch.manual_seed(cfg.training.seed)
     if task == "personal":
         groups = add_personal(cfg, base)
         processes.copy_from_main([parameter.data for group in groups for parameter in group["params"]])
         _prepare_unet(base.unet, cfg)
-        return None, groups
+        return None, None, groups
     if task == "fast":
         aligner, groups = add_fast(cfg, base)
         processes.copy_from_main([parameter.data for group in groups for parameter in group["params"]])
         _prepare_unet(base.unet, cfg)
-        return aligner, groups
-    aligner, lora = None, add_lora(base.unet, cfg.model.lora)
+        return aligner, None, groups
+    aligner, partial_input, lora = None, None, add_lora(base.unet, cfg.model.lora)
     if cfg.model.lora.text_encoder_r:
         lora += add_text_encoder_lora(base.text_encoder, cfg.model.lora)
     groups = [{"params": lora}]
@@ -269,10 +281,16 @@ def _add_trained(cfg: Config, task: str, base: BaseModel) -> tuple[torch.nn.Modu
             groups[1]["params"] += add_image_encoder_lora(base.image_encoder, cfg.model.lora)
         if schedule.aligner_learning_rate and cfg.training.optimizer != "prodigy":  # which finds one rate for all
             groups[1]["lr"] = schedule.aligner_learning_rate
+        if schedule.partial_share:
+            partial_input = PartialInput.of(base.unet)
+            attach(base.unet, partial_input)
+            groups.append({"params": list(partial_input.parameters())})
+            if schedule.partial_learning_rate and cfg.training.optimizer != "prodigy":
+                groups[2]["lr"] = schedule.partial_learning_rate
     parameters = [parameter for group in groups for parameter in group["params"]]
     processes.copy_from_main([parameter.data for parameter in parameters])
     _prepare_unet(base.unet, cfg)
-    return aligner, groups
+    return aligner, partial_input, groups
 
 
 def _check_divides(schedule: Schedule, task: str) -> None:

@@ -74,9 +74,9 @@ def test_only_lora_and_aligner_move_and_they_all_do(task, make_config, monkeypat
     caught = {}
     original = training.save_checkpoint
 
-    def spy(folder, cfg, task, step, base, aligner, state, adapter=None):
+    def spy(folder, cfg, task, step, base, aligner, state, *others):
         caught.update(aligner=aligner)
-        return original(folder, cfg, task, step, base, aligner, state, adapter)
+        return original(folder, cfg, task, step, base, aligner, state, *others)
 
     monkeypatch.setattr(training, "save_checkpoint", spy)
     bases = []
