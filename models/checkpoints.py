@@ -286,4 +286,9 @@ def load_checkpoint(folder: str | Path, overrides: Sequence[str] = ()) -> Traine
     trained = load_trained(cfg, folder, aligner if aligner.is_file() else None)
     if (folder / PARTIAL_FILE).is_file():
         trained.partial_input = load_partial_input(folder / PARTIAL_FILE, trained.base.unet)
+    elif trained.aligner is not None and (folder / STATE_FILE).is_file():
+        task = read_state(folder)["task"]
+        if share := getattr(getattr(cfg.training, task, None), "partial_share", 0):
+            told = f"training.{task}.partial_share {share}"
+            raise UserError(f"{folder} was trained with {told} but has no {PARTIAL_FILE}; copy it whole")
     return trained

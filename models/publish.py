@@ -16,8 +16,10 @@ from common.files import check_writable, push_folder, write_whole
 from common.pictures import encode_image
 from common.text import parse_json
 from config.configuration import DEFAULT_CONFIG, load_config
-from lora_utils import IMAGE_ENCODER_LORA_FILE, LORA_FILE
+from lora_utils import FAST_FOLDER, IMAGE_ENCODER_LORA_FILE, LORA_FILE
 from models.checkpoints import ALIGNER_FILE, CONFIG_FILE, STATE_FILE, newest_checkpoint, read_state
+from models.fast import ABOUT_FILE
+from models.partial import PARTIAL_FILE
 from models.pipeline import TexturePipeline
 from render.turntable import contact_sheet
 from render.uv_space import texture_pixels
@@ -137,7 +139,8 @@ def main():
             raise UserError(f"{folder} is no checkpoint of this project: it needs {', '.join(needed)}")
         pipeline = TexturePipeline.from_pretrained(folder)
         check_writable(args.out)
-        for name in (*needed, ALIGNER_FILE, IMAGE_ENCODER_LORA_FILE):
+        fast = (f"{FAST_FOLDER}/{name}" for name in (LORA_FILE, ABOUT_FILE))
+        for name in (*needed, ALIGNER_FILE, IMAGE_ENCODER_LORA_FILE, PARTIAL_FILE, *fast):
             if (folder / name).is_file():
                 write_whole(args.out / name, (folder / name).read_bytes())
         title = Path(args.push_to_hub or args.out).name

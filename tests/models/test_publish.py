@@ -1,16 +1,23 @@
 """What goes to the model hub: whole, told truly, and loadable again."""
 
 import json
+import shutil
 
 import huggingface_hub
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 from test_interchange import deep_compression_base  # noqa: F401  a fixture
 
 from infer_uv import TexturePipeline
+from lora_utils import FAST_FOLDER, LORA_FILE
+from models.adapters import weights_hash
 from models.checkpoints import CONFIG_FILE
+from models.fast import Fast, save_fast
+from models.partial import PARTIAL_FILE
 from models.publish import main as publish_main
 
 
@@ -49,6 +56,17 @@ def test_the_card_tells_what_was_measured_and_shows_it(published, tmp_path):
     assert "# textures\n" in body and uploads[0] == "someone/textures" and uploads[1]["repo_type"] == "model"
     (texture,) = TexturePipeline.from_pretrained(out)(prompt="a man in red", size=32)
     assert texture.size == (32, 32)
+
+
+def test_every_weight_goes_along(published, checkpoint):
+    save_file({"conv.weight": torch.ones(16, 5, 3, 3)}, checkpoint / PARTIAL_FILE)
+    (checkpoint / FAST_FOLDER).mkdir()
+    shutil.copy(checkpoint / LORA_FILE, checkpoint / FAST_FOLDER)
+    save_fast(checkpoint / FAST_FOLDER, Fast(weights_hash(checkpoint), 4))
+    status, error, out, _ = published()
+    assert status == 0, error
+    assert weights_hash(out) == weights_hash(checkpoint)
+    TexturePipeline.from_pretrained(out, fast=4)
 
 
 def test_the_card_says_how_plain_diffusers_decodes(published, checkpoint, deep_compression_base):  # noqa: F811

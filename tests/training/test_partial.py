@@ -79,6 +79,13 @@ def test_it_trains_and_its_file_lies_beside_a_lora_that_loads_without_it(task, m
     assert torch.equal(load_checkpoint(folder).partial_input.conv.weight, weights["conv.weight"])
 
 
+def test_a_copy_without_it_is_refused(make_config):
+    folder = train(make_config(*OPTIONS), "joint")
+    (folder / PARTIAL_FILE).unlink()
+    with pytest.raises(UserError, match=r"joint.partial_share 1.0 but has no partial_input.safetensors; copy it whole"):
+        load_checkpoint(folder)
+
+
 def test_prompts_alone_have_no_use_for_it(make_config):
     folder = train(make_config(*MAIN["joint"]), "t2uv")  # which inherits from joint
     assert not (folder / PARTIAL_FILE).exists()
