@@ -5,6 +5,7 @@ import math
 import re
 import sys
 import zipfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -180,7 +181,7 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise UserError(f"cannot read {file}: {reason(error)}") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise UserError(f"{file} is not a state dict of tensors")
-    if any(map(_is_larger_than_its_storage, tensors.values())):
+    if any(map(is_larger_than_its_storage, tensors.values())):
         raise UserError(f"{file} holds a tensor of more numbers than are in the file; save it anew")
     return tensors, {}
 
@@ -198,9 +199,21 @@ def load_pickle(file: Path):
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _is_larger_than_its_storage(tensor: torch.Tensor) -> bool:
+def is_larger_than_its_storage(tensor: torch.Tensor) -> bool:
     """Whether a file gives one number for many, by strides of 0, which whoever copies it would have to hold."""
     return tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+
+
+def tensors_in(content) -> Iterator[torch.Tensor]:
+    """The tensors anywhere in dictionaries, lists and tuples, each container once however often it is held."""
+    waiting, seen = [content], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            waiting.extend(value.values() if isinstance(value, dict) else value)
 
 
 def diffusers_config(metadata: dict[str, str], file: Path) -> dict:

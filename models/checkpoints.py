@@ -24,10 +24,12 @@ from lora_utils import (
     LORA_FILE,
     adapted_modules,
     all_finite,
+    is_larger_than_its_storage,
     load_pickle,
     lora_parameters,
     read_tensors,
     save_lora,
+    tensors_in,
 )
 from models.adapters import Adapter, refuse_adapter, save_word
 from models.base import BaseModel, load_configured_base, pick_device
@@ -172,6 +174,8 @@ def load_state(folder: Path, cfg: Config, task: str) -> dict:
         raise UserError(f"{folder} is of task {saved_task}, not {task}")
     if not isinstance(state, dict):
         raise UserError(f"{folder / RESUME_FILE} holds a {type(state).__name__}; resume from an earlier checkpoint")
+    if any(map(is_larger_than_its_storage, tensors_in(state))):
+        raise UserError(f"{folder / RESUME_FILE} holds a tensor of more numbers than are in the file; do not use it")
     return state
 
 

@@ -187,6 +187,19 @@ def test_a_state_of_something_else_is_one_line(change, config):
         train(config("run", "training.joint.max_steps=2"), "joint", resume=str(last))
 
 
+def test_a_state_with_a_number_that_stands_for_many_is_refused(config):
+    last = train(config("run", "training.joint.max_steps=1"), "joint")
+    content, laughs = state(last), {}
+    for _ in range(60):  # 2^60 dictionaries to whoever follows each
+        laughs = {"a": laughs, "b": laughs}
+    torch.save(content | {"watch": laughs}, last / checkpoints.RESUME_FILE)
+    train(config("run", "training.joint.max_steps=2"), "joint", resume=str(last))
+    content["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1).expand(1 << 19, 1 << 19)
+    torch.save(content, last / checkpoints.RESUME_FILE)
+    with pytest.raises(UserError, match="more numbers than are in the file"):
+        train(config("run", "training.joint.max_steps=2"), "joint", resume=str(last))
+
+
 @pytest.mark.parametrize("text", ["[", "[]", "{}", '{"task": "joint", "global_step": 1e999}', "[" * 5000])
 def test_a_damaged_step_is_one_line(text, tmp_path):
     (tmp_path / checkpoints.STATE_FILE).write_text(text)
