@@ -3,6 +3,7 @@
     python benchmarks/bench_infer.py                 # the embedded checkpoint
     python benchmarks/bench_infer.py --compile       # both UNets compiled
     python benchmarks/bench_infer.py --fast 4        # against diffusers at 20 steps with guidance, and the command
+    python benchmarks/bench_infer.py --architecture sd15 --compile max-autotune    # for a card: random weights, at 512
 
 Medians of --rounds; what is compared is UNet and autoencoder alone, without the finishing at 1024 texels, which is
 given beside it. The last line is JSON.
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from diffusers import StableDiffusionPipeline
+from sd_shapes import ARCHITECTURES, make_sd_checkpoint
 
 from common.files import PROJECT_ROOT
 from common.processes import keep_freed_memory
@@ -61,11 +63,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=EMBEDDED_CHECKPOINT)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--steps", type=int, default=20, help="of --architecture (default: %(default)s)")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, help="its shape instead of a checkpoint")
+    parser.add_argument("--compile", nargs="?", const="default", metavar="MODE", help="of torch.compile")
     parser.add_argument("--fast", type=int, choices=STEPS, help="ours by the fast adapter, theirs as without")
     args = parser.parse_args()
     keep_freed_memory()
+    with tempfile.TemporaryDirectory() as work:
+        if args.architecture:
+            args.checkpoint = make_sd_checkpoint(args.architecture, Path(work), args.steps)
+        compare(args)
 
+
+def compare(args: argparse.Namespace) -> None:
     pipeline = TexturePipeline.from_pretrained(args.checkpoint, fast=args.fast)
     trained, theirs_cfg = pipeline.trained, load_config(Path(args.checkpoint) / CONFIG_FILE)
     settings, base, device = trained.cfg.inference, trained.base, trained.base.device
@@ -75,8 +85,8 @@ def main():
     plain.set_progress_bar_config(disable=True)
     plain.to(device, base.unet.dtype)
     if args.compile:
-        base.unet.compile(dynamic=False)
-        plain.unet.compile(dynamic=False)
+        base.unet.compile(dynamic=False, mode=args.compile)
+        plain.unet.compile(dynamic=False, mode=args.compile)
     side = trained.cfg.data.resolution or base.native_resolution
     precision = resolve_precision(trained.cfg.training.mixed_precision, device)
     steps, guidance_scale = settings.num_inference_steps, settings.guidance_scale

@@ -33,18 +33,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets
 import torch
-from count_scaling import TEXT, UNETS, VAE, VISION
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from sd_shapes import ARCHITECTURES, make_sd_shape, sd_settings
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPVisionModel
 
 from common.errors import exit_on_user_error
 from common.files import PROJECT_ROOT
 from config.configuration import DEFAULT_CONFIG, load_config
-from models.base import load_base
 from models.conditioning import encode_images, encode_prompts
 from models.diffusion import autocast, encode_posterior, sample_posterior, training_target
 from training.loop import open_batches, optimizer_step, save, shuffled_batches
@@ -52,7 +49,6 @@ from training.monitoring import RunLog, peak_flops, peak_memory
 from training.run import Run, set_up
 
 WARM_UP = 3
-ARCHITECTURES = {"sd15": "SD 1.5", "sd21": "SD 2.1"}  # names of count_scaling.py
 COMPILER_MODES = ("false", "true", "reduce-overhead", "max-autotune")
 CARD_BATCHES = [8, 16, 32, 64]
 ATTENTION_KERNELS = ("flash", "fmha", "attention", "cudnn_generated_fort_native_sdpa")
@@ -61,26 +57,6 @@ OURS = {
     "ours, paired": ["training.joint.schedule=paired"],
     "ours, paired, compiled": ["training.joint.schedule=paired", "model.compile=true"],
 }
-
-
-def make_sd_shape(name: str, folder: Path) -> Path:
-    """Stable Diffusion `name` (of UNETS) and its CLIP vision model with random weights, in half precision, and the
-    embedded tokenizer. Speed does not ask what the weights are; nothing else is measured of them."""
-    tokenizer = load_base("embedded/base").tokenizer
-    tokenizer.save_pretrained(folder / "tokenizer")
-    modules = {
-        "unet": UNet2DConditionModel(sample_size=64, **UNETS[name]),
-        "vae": AutoencoderKL(sample_size=512, **VAE),
-        "text_encoder": CLIPTextModel(CLIPTextConfig(**{**TEXT[name].to_dict(), "vocab_size": len(tokenizer)})),
-        "image_encoder": CLIPVisionModel(VISION[name]),
-    }
-    for name, module in modules.items():
-        module.half().save_pretrained(folder / name)
-    CLIPImageProcessorPil().save_pretrained(folder / "feature_extractor")
-    DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).save_pretrained(
-        folder / "scheduler"
-    )
-    return folder
 
 
 class Plain:
@@ -298,14 +274,7 @@ def main():
             "training.joint.gamma=0",
         ]
         if architecture in ARCHITECTURES:
-            base = make_sd_shape(ARCHITECTURES[architecture], Path(work, "base"))
-            settings += [
-                f"model.pretrained_model={base}",
-                "data.resolution=512",
-                "model.aligner.layers=3",
-                "model.aligner.heads=8",
-                "model.lora.target_modules=[to_q, to_k, to_v, to_out.0]",
-            ]
+            settings += sd_settings(make_sd_shape(architecture, Path(work, "base")))
 
         if args.shared:
             batch = [f"training.joint.{key}={args.batch_size}" for key in ("batch_size", "effective_batch_size")]
