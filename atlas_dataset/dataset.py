@@ -64,6 +64,7 @@ class ATLASLarge(Dataset):
                     f"no data set in {root}: neither {INFO_FILE} (build_atlas_large.py writes it) nor the seed's "
                     "state.json; build one with 'python -m atlas_dataset.build_atlas_large'"
                 )
+            self.prompts = self.textures["prompt"][:]
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
@@ -72,7 +73,6 @@ class ATLASLarge(Dataset):
         self.rows = np.arange(self._stored_rows())
         if not len(self):
             raise UserError(f"data set {root} has no rows")
-        self.prompts = self.textures["prompt"][:]
         check_prompts(self.prompts, f"data set {root}", self.row_numbers)
         self.decoded: dict[int, Tensor] = {}
         self.cached: dict = {}  # name → row → tensor

@@ -56,7 +56,7 @@ def _match(named: Iterator[tuple[int, str, str]], prompts: Path, names: list[str
     for line, file, prompt in named:
         place = next((p for p in (_place(folder, file), _place(prompts.parent, file)) if p in index_of), None)
         if place is None:
-            is_there = (folder / file).is_file() or (prompts.parent / file).is_file()
+            is_there = any(os.path.isfile(place / file) for place in (folder, prompts.parent))  # also of no file's name
             why = "is no texture that can be read here: not of these, or of another kind" if is_there else "is missing"
             raise UserError(f"{prompts} line {line}: {file!r} {why} (textures are looked for in {folder})")
         index = index_of[place]

@@ -1,6 +1,7 @@
 """What a user can mend, or has asked for: one line on stderr and an exit status."""
 
 import contextlib
+import errno
 import signal
 import sys
 
@@ -15,7 +16,7 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def exit_on_user_error():
-    """Turns a UserError, or the death of a loader's worker, into one line on stderr and exit status 2, and Ctrl-C into
+    """Turns a UserError, a name that no file can have, or the death of a loader's worker into one line on stderr and exit status 2, and Ctrl-C into
     one and INTERRUPTED; any other error keeps its traceback."""
     try:
         yield
@@ -30,6 +31,11 @@ def exit_on_user_error():
             raise
         advice = "of too little memory perhaps: lower data.num_workers; what is written is whole"
         print(f"error: {_printable(reason(error))} {advice}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # whoever asks whether a file is there can meet it
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"error: {_printable(str(error.filename))} is too long for a file's name; give another", file=sys.stderr)
         sys.exit(2)
 
 

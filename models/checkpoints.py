@@ -216,7 +216,7 @@ def load_aligner(path: Path, settings, base: BaseModel) -> nn.Module:
     try:
         heads = int(metadata.get("heads", settings.heads)) if path.suffix == ".safetensors" else None
         aligner = aligner_from_state(state, base.context_tokens, heads)
-    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:  # torch's, of shapes and keys
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError, ArithmeticError) as error:  # torch's
         lines = str(error).strip().splitlines()  # of load_state_dict's, the first is a heading
         raise UserError(f"cannot load the aligner {path}: {lines[min(1, len(lines) - 1)].strip()}") from None
     check_fits(aligner, path, base)

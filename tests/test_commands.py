@@ -287,6 +287,12 @@ BAD_CALLS = {
         "--out out --work work --stage unet",
     ],
 }
+BAD_CALLS["infer_uv"] += ["--images nowhere", "--image picture.png --fit nowhere", "--prompt a --lora nowhere"]
+LONG = "n" * 300  # longer than a file's name can be
+for calls in BAD_CALLS.values():
+    calls += [call.replace("nowhere", LONG) for call in calls if "nowhere" in call]
+BAD_CALLS["infer_uv"] += [f"--prompt a --out {LONG}.png", f"--prompt a --out {LONG}/texture.png"]
+BAD_CALLS["joint"] = [*TRAINING, f"--data.dataset={LONG}", f"--output.out_dir={LONG}", f"--output.log_dir={LONG}"]
 
 
 @pytest.mark.parametrize("module", BAD_CALLS)

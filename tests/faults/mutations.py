@@ -140,7 +140,7 @@ def damaged_array(rng: random.Random, array: np.ndarray):
         return np.array(rng.choice(VALUES), dtype=object)
     if kind == 5:
         return np.zeros(rng.choice(((), (0,), (1,), (0, 3), (3, 0), (2, 72), (1, 156))))
-    return array * rng.choice((0, -1, 1e30)) if array.dtype.kind in "fiu" else array[..., None]
+    return array * rng.choice((0.0, -1.0, 1e30)) if array.dtype.kind in "fiu" else array[..., None]
 
 
 def damaged_arrays(rng: random.Random, arrays: dict) -> dict:
@@ -162,7 +162,9 @@ def damaged_npz(rng: random.Random, arrays: dict) -> bytes:
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        np.savez(file, **{name: np.asarray(value) for name, value in damaged_arrays(rng, arrays).items()})
+        damaged = damaged_arrays(rng, arrays)
+        lists = {name: np.array(value, dtype=object) for name, value in damaged.items() if isinstance(value, list)}
+        np.savez(file, **{**damaged, **lists})
     return file.getvalue() if rng.random() < 0.6 else damaged_zip(rng, file.getvalue())
 
 
@@ -213,7 +215,7 @@ def damaged_tensors(rng: random.Random, tensors: dict) -> dict:
         if kind == 0:
             continue
         if kind == 1:
-            place = rng.randrange(len(name))
+            place = rng.randrange(len(name) + 1)
             name = name[:place] + rng.choice(("", ".", "_", "a", "é", "lora_", ".alpha", "\0")) + name[place + 1 :]
         elif kind < 5:
             tensor = damaged_tensor(rng, tensor)

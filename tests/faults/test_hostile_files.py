@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from limits import bounded_memory
@@ -243,6 +244,7 @@ def test_a_small_aligner_that_speaks_of_a_wide_one(tmp_path, base, refused):
         {"i2t.layers.0.linear1.weight": torch.zeros(())},
         {"visual_proj.weight": torch.zeros(3)},
         {"query": torch.zeros(3)},
+        {"query": torch.zeros(1, 77, 0), "visual_proj.weight": torch.zeros(0, 24)},
     ],
 )
 def test_aligners_of_other_shapes(change, tmp_path, base, refused):
@@ -463,7 +465,7 @@ def test_prompt_files(tmp_path, refused):
     for suffix in (".csv", ".jsonl"):
         (tmp_path / f"prompts{suffix}").write_text(LONG_LINE)
         assert "line 1" in refused(read_prompts, tmp_path / f"prompts{suffix}", names, 1)
-    for file in ("../../etc/passwd", "/etc/passwd", "a\u0000b", "\ud800"):
+    for file in ("../../etc/passwd", "/etc/passwd", "a\u0000b", "\ud800", "n" * 300):
         (tmp_path / "prompts.jsonl").write_text(json.dumps({"file_name": file, "prompt": "a man"}))
         assert "line 1" in refused(read_prompts, tmp_path / "prompts.jsonl", names, 1, tmp_path)
 
@@ -640,6 +642,15 @@ def test_tables_name_no_files_outside(tmp_path, refused):
         (tmp_path / "data" / "state.json").write_text(json.dumps(state))
         assert "another folder" in refused(ATLASLarge, tmp_path / "data", False, 8)
         assert "another folder" in refused(HuggingFaceATLAS, str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("prompts", [{}, {"prompt": pyarrow.array([b"\xff"]).cast("string", safe=False)}])
+def test_a_table_without_prompts_or_with_bytes_that_are_no_text(prompts, tmp_path, refused):
+    (tmp_path / "textures").mkdir()
+    (tmp_path / INFO_FILE).write_text(json.dumps({"body": "anny", "complete": True, "views": 0}))
+    table = pyarrow.table({"texture": [{"bytes": b"", "path": None}], "texture_id": ["0"], **prompts})
+    pyarrow.parquet.write_table(table, tmp_path / "textures" / "shard-00000.parquet")
+    assert "cannot read data set" in refused(ATLASLarge, tmp_path, False, 8, 8, str(tmp_path / "cache"))
 
 
 def test_an_adapters_word_is_no_path(tmp_path, refused):

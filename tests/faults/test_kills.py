@@ -15,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 from conftest import command_line
 from PIL import Image
+from safetensors.torch import load_file
 from tally import IS_LONG, count
 
 from common.files import PROJECT_ROOT
@@ -62,8 +64,13 @@ def files_since(folders: list[Path], since: float) -> bool:
 
 
 def contents(out: Path, ending: str) -> dict[str, bytes]:
+    """Of files, their bytes; of weights their tensors', since safetensors writes metadata in no fixed order."""
     paths = [path for path in sorted(out.rglob(f"*{ending}")) if not path.name.startswith(".")]
-    return {str(path.relative_to(out)): path.read_bytes() for path in paths if path.is_file()}
+    return {str(path.relative_to(out)): content_of(path) for path in paths if path.is_file()}
+
+
+def content_of(path: Path) -> bytes:
+    return safetensors.torch.save(load_file(path)) if path.suffix == ".safetensors" else path.read_bytes()
 
 
 def storm(make_command, work: Path, watched, ending: str, name: str) -> tuple[Path, Path]:
