@@ -16,8 +16,8 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def exit_on_user_error():
-    """Turns a UserError, a name that no file can have, or the death of a loader's worker into one line on stderr and exit status 2, and Ctrl-C into
-    one and INTERRUPTED; any other error keeps its traceback."""
+    """Turns a UserError, a name that no file can have, or the death of a loader's worker into one line on stderr and
+    exit status 2, and Ctrl-C into one and INTERRUPTED; any other error keeps its traceback."""
     try:
         yield
     except UserError as error:
