@@ -130,7 +130,7 @@ def damaged_array(rng: random.Random, array: np.ndarray):
     if kind == 1:
         try:
             return array.astype(rng.choice(DTYPES))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             return array
     if kind == 2:
         return array[: rng.randrange(len(array) + 1)] if array.ndim else array[None]
