@@ -52,6 +52,7 @@ from evaluation.procedural import (
     region_colour,
     words_for,
 )
+from models.checkpoints import EMBEDDED_CHECKPOINT
 from models.pipeline import TexturePipeline
 from render.uv_space import texture_pixels
 from training.personal import Watch
@@ -245,7 +246,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--people", type=int, default=1, choices=range(1, len(WORDS) + 1))
     parser.add_argument("--examples", type=lambda text: [int(each) for each in text.split(",")], default=[1, 3])
-    parser.add_argument("--base-checkpoint", help="default: your newest one, or the embedded one")
+    parser.add_argument("--base-checkpoint", default=EMBEDDED_CHECKPOINT, help="default: the embedded one")
     parser.add_argument("--no-bleed", action="store_true", help="leave out the run without preservation")
     parser.add_argument("--no-sweep", dest="sweep", action="store_false", help="stop by itself, and measure no stop")
     parser.add_argument("--keep", type=Path, help="folder for examples and adapters (default: thrown away)")
