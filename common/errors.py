@@ -68,9 +68,12 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def one_line_errors():
-    """A UserError from a DataLoader's worker loses the traceback that the loader puts into its message."""
+    """A UserError from a DataLoader's worker loses the traceback that the loader puts into its message; one that died
+    while it handed a batch over is told as torch tells of others."""
     try:
         yield
     except UserError as error:
         prefix = f"{UserError.__module__}.{UserError.__qualname__}: "
         raise UserError(str(error).strip().splitlines()[-1].removeprefix(prefix)) from None
+    except (ConnectionError, EOFError) as error:
+        raise RuntimeError(f"DataLoader worker died while it handed a batch over ({reason(error)})") from error

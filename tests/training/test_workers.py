@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import command_line
 
+from common.errors import exit_on_user_error, one_line_errors
 from common.files import PROJECT_ROOT
 from joint import main as joint_main
 from tests.training.test_resume import at_step
@@ -72,6 +73,14 @@ def test_a_worker_without_an_alarm(monkeypatch):
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_dies_while_it_hands_a_batch_over_is_one_line(error, capsys):
+    with pytest.raises(SystemExit) as stop, exit_on_user_error(), one_line_errors():
+        raise error
+    last = capsys.readouterr().err
+    assert stop.value.code == 2 and last.startswith("error: DataLoader worker") and last.count("\n") == 1
 
 
 def test_a_worker_that_dies_is_one_line_and_costs_no_checkpoint(make_config, monkeypatch, run_script, tmp_path):
