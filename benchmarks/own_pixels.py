@@ -139,10 +139,11 @@ class Bench:
             sure, texture = self.own(person, [person.image], [fit])
             self.score("exact", person, texture, sure)
             self.score("today", person, self.today(person))
-            partial_input, self.pipeline.trained.partial_input = self.pipeline.trained.partial_input, None
-            if partial_input is not None:  # the same weights without their channels for partial textures
+            trained = self.pipeline.trained
+            if partial_input := trained.partial_input:  # the same weights without their channels for partial textures
+                trained.partial_input = None
                 self.score("reimposed", person, self.own(person, [person.image], [fit])[1])
-            self.pipeline.trained.partial_input = partial_input
+                trained.partial_input = partial_input
 
     def noisy(self) -> None:
         for person in self.people:

@@ -285,6 +285,11 @@ def estimate_light(colours: Tensor, sighting: Sighting) -> Tensor:
     return (logs - logs.mean(0)).exp().float()
 
 
+def sureness(weight: Tensor) -> Tensor:
+    """How far texels seen with these weights keep the picture's colour, in [0, 1]."""
+    return (weight / FULL_WEIGHT).clamp(max=1)
+
+
 def merge(
     body: Body, pictures: Sequence[Tensor], sightings: Sequence[Sighting], relight: bool = True, mirror: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -313,7 +318,7 @@ def merge(
         texel, mirrored = texel[hidden], mirrored[hidden]
         total[texel], weights[texel] = total[mirrored] * MIRROR_SHARE, weights[mirrored] * MIRROR_SHARE
     colours = (total / weights.clamp(min=1e-9)[:, None]).T.view(3, size, size)
-    sure = (weights / FULL_WEIGHT).clamp(max=1).view(size, size)
+    sure = sureness(weights).view(size, size)
     return torch.where(sure > 0, colours * 2 - 1, 0), sure
 
 

@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from atlas_dataset.views import frame_bodies, sample_view
-from config.configuration import Render
+from config.configuration import Config
+from models.base import BaseModel
 from models.partial import partial_channels
-from render.projection import FULL_WEIGHT, Fit, sight_fit
+from render.projection import Fit, sight_fit, sureness
 from render.rigs import load_rig
 
 VIEWS = 64  # of the body, in other poses and from other sides each
@@ -25,19 +26,19 @@ class Partials:
     share: float
 
     @classmethod
-    def of(cls, render: Render, body_spec: str, seed: int, resolution: int, vae_scale: int, share: float) -> "Partials":
-        """resolution: side of the textures; render: what their pictures show."""
-        rig = load_rig(body_spec)
-        views = [sample_view(render, rig, seed, TEXTURE, view) for view in range(VIEWS)]
+    def of(cls, cfg: Config, base: BaseModel, resolution: int, share: float) -> "Partials":
+        """Views as of the configured renders. resolution: side of the textures."""
+        rig = load_rig(cfg.data.body)
+        views = [sample_view(cfg.data.render, rig, cfg.training.seed, TEXTURE, view) for view in range(VIEWS)]
         visible = []
         for view in views:
             vertices = rig.vertices([view]).cpu()
             fit = Fit(vertices[0], frame_bodies(vertices, [view], WIDTH / HEIGHT))
             sighting = sight_fit(rig.body, fit, HEIGHT, WIDTH, resolution)
             sure = torch.zeros(resolution * resolution)
-            sure[sighting.texel] = (sighting.weight / FULL_WEIGHT).clamp(max=1)  # as `merge` has it of one picture
-            visible.append(F.avg_pool2d(sure.view(1, resolution, resolution), vae_scale))
-        return cls(torch.stack(visible), share)
+            sure[sighting.texel] = sureness(sighting.weight)
+            visible.append(F.avg_pool2d(sure.view(1, resolution, resolution), base.vae_scale))
+        return cls(torch.stack(visible).to(base.device), share)
 
     def rows(self, kind: str, latents: Tensor, draws) -> Tensor:
         """latents: (B, C, h, w) → their `partial_channels`, 0 in rows that are shown nothing. draws:

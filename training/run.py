@@ -202,9 +202,7 @@ def set_up(cfg: Config, task: str, rebuild_cache: bool = False) -> Run:
     ema = EMAModel(parameters, decay=settings.ema_decay) if settings.ema_decay else None
     lessons = watch = shortcuts = partials = None
     if partial_input is not None:
-        where = (dataset.resolution, base.vae_scale)
-        partials = Partials.of(cfg.data.render, cfg.data.body, settings.seed, *where, schedule.partial_share)
-        partials.visible = partials.visible.to(device)
+        partials = Partials.of(cfg, base, dataset.resolution, schedule.partial_share)
     if task == "personal":
         with autocast(device, precision):
             lessons = make_lessons(cfg, base, body, dataset.resolution)
@@ -260,33 +258,29 @@ def _add_trained(
     pictures), the input for partial textures (None where no row sees one) and the optimiser's groups of parameters."""
     schedule = getattr(cfg.training, task)
     torch.manual_seed(cfg.training.seed)
+    aligner = partial_input = None
     if task == "personal":
         groups = add_personal(cfg, base)
-        processes.copy_from_main([parameter.data for group in groups for parameter in group["params"]])
-        _prepare_unet(base.unet, cfg)
-        return None, None, groups
-    if task == "fast":
+    elif task == "fast":
         aligner, groups = add_fast(cfg, base)
-        processes.copy_from_main([parameter.data for group in groups for parameter in group["params"]])
-        _prepare_unet(base.unet, cfg)
-        return aligner, None, groups
-    aligner, partial_input, lora = None, None, add_lora(base.unet, cfg.model.lora)
-    if cfg.model.lora.text_encoder_r:
-        lora += add_text_encoder_lora(base.text_encoder, cfg.model.lora)
-    groups = [{"params": lora}]
-    if "image" in CONDITIONS[task]:
-        aligner = make_aligner(cfg.model.aligner, base)
-        groups.append({"params": list(aligner.parameters())})
-        if cfg.model.lora.image_encoder_r:  # at the rate of the aligner, which reads its tokens
-            groups[1]["params"] += add_image_encoder_lora(base.image_encoder, cfg.model.lora)
-        if schedule.aligner_learning_rate and cfg.training.optimizer != "prodigy":  # which finds one rate for all
-            groups[1]["lr"] = schedule.aligner_learning_rate
-        if schedule.partial_share:
-            partial_input = PartialInput.of(base.unet)
-            attach(base.unet, partial_input)
-            groups.append({"params": list(partial_input.parameters())})
-            if schedule.partial_learning_rate and cfg.training.optimizer != "prodigy":
-                groups[2]["lr"] = schedule.partial_learning_rate
+    else:
+        lora = add_lora(base.unet, cfg.model.lora)
+        if cfg.model.lora.text_encoder_r:
+            lora += add_text_encoder_lora(base.text_encoder, cfg.model.lora)
+        groups = [{"params": lora}]
+        if "image" in CONDITIONS[task]:
+            aligner = make_aligner(cfg.model.aligner, base)
+            groups.append({"params": list(aligner.parameters())})
+            if cfg.model.lora.image_encoder_r:  # at the rate of the aligner, which reads its tokens
+                groups[1]["params"] += add_image_encoder_lora(base.image_encoder, cfg.model.lora)
+            if schedule.aligner_learning_rate and cfg.training.optimizer != "prodigy":  # which finds one rate for all
+                groups[1]["lr"] = schedule.aligner_learning_rate
+            if schedule.partial_share:
+                partial_input = PartialInput.of(base.unet)
+                attach(base.unet, partial_input)
+                groups.append({"params": list(partial_input.parameters())})
+                if schedule.partial_learning_rate and cfg.training.optimizer != "prodigy":
+                    groups[2]["lr"] = schedule.partial_learning_rate
     parameters = [parameter for group in groups for parameter in group["params"]]
     processes.copy_from_main([parameter.data for parameter in parameters])
     _prepare_unet(base.unet, cfg)
