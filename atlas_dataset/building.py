@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from atlas_dataset.dataset import INFO_FILE
-from atlas_dataset.tables import has_picture, open_saved, read_batches
+from atlas_dataset.tables import has_picture, open_saved, read_batches, stored_picture
 from atlas_dataset.views import render_texture
 from common import processes
 from common.errors import UserError, reason
@@ -388,9 +388,8 @@ def _verify_seed_layout(root: Path) -> dict[str, int]:
     damaged = []
     for number, row in enumerate(tqdm(rows.select_columns(columns), "rows", unit="row")):
         for column in columns:
-            encoded = row[column] and (row[column]["bytes"] or row[column]["path"])
             try:
-                if encoded:  # without a picture the row is left out
+                if encoded := stored_picture(row[column], root):  # without a picture the row is left out
                     open_image(encoded, f"{column} of row {number}")
             except UserError as error:
                 damaged.append(str(error))

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from atlas_dataset.tables import check_prompts, has_picture, open_parquet, open_saved
+from atlas_dataset.tables import check_prompts, has_picture, open_parquet, open_saved, stored_picture
 from atlas_dataset.views import render_texture
 from common import processes
 from common.errors import UserError, reason
@@ -258,8 +258,8 @@ class ATLASLarge(Dataset):
     def _open(self, picture: dict | None, name: str, size: int | None = None) -> Image.Image:
         """A picture that is there and cannot be decoded ends the run: that is seen when it is met, and to go on
         without it would give other rows to each step after it, and to a resumed run."""
-        encoded = picture and (picture["bytes"] or picture["path"])
-        if not encoded:
+        encoded = stored_picture(picture, self.root)
+        if encoded is None:
             raise UserError(f"{name} of data set {self.root} is missing; build it again")
         try:
             return open_image(encoded, f"{name} of data set {self.root}", size)

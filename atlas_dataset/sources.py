@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import datasets
+from huggingface_hub.constants import HF_HUB_CACHE
 from torch.utils.data import Dataset
 
 from atlas_dataset.dataset import INFO_FILE
 from atlas_dataset.prompts import LAYOUTS, PROMPT_COLUMNS, prompts_in_folder, read_prompts
-from atlas_dataset.tables import check_prompts, fingerprint, open_parquet, open_saved, picture_paths
+from atlas_dataset.tables import check_prompts, fingerprint, open_parquet, open_saved, picture_paths, stored_picture
 from common.errors import UserError, reason
 from common.files import is_hidden, natural_order
 from common.pictures import is_picture, picture_files
@@ -30,6 +31,9 @@ class HuggingFaceATLAS(Dataset):
         limit: int | None = None,
     ):
         self.source, self.parquet_files = Path(source), train_files(Path(source))
+        # Where pictures may be that a table names: in the folder itself, or where `datasets` keeps those of the hub.
+        downloads = (cache_dir or datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)
+        self.roots = [self.source] if self.source.exists() else [Path(folder) for folder in downloads]
         self.rows = self._open_table(source, cache_dir)
         self.pictures = picture_files(source) if self.rows is None else None
         self.names = self._names()
@@ -106,8 +110,8 @@ class HuggingFaceATLAS(Dataset):
     def __getitem__(self, index: int) -> tuple[bytes, str]:
         if self.pictures:
             return self._read(self.pictures[index], index), self.prompts[index]
-        picture = self.rows[index]["image"] or {"bytes": None, "path": None}
-        return picture["bytes"] or self._read(picture["path"], index), self.prompts[index]
+        picture = stored_picture(self.rows[index]["image"], *self.roots)
+        return picture if isinstance(picture, bytes) else self._read(picture, index), self.prompts[index]
 
     def _read(self, path: str | Path | None, index: int) -> bytes:
         if path is None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -108,6 +109,26 @@ def has_picture(table: datasets.Dataset, column: str) -> np.ndarray:
         lengths = pyarrow.compute.binary_length(pyarrow.compute.struct_field(pictures, field))
         filled |= lengths.fill_null(0).to_numpy() > 0
     return filled & pyarrow.compute.is_valid(pictures).to_numpy()
+
+
+def stored_picture(picture: dict | None, *roots: Path) -> bytes | Path | None:
+    """What a row of a column of pictures holds: bytes, or a file below one of `roots`; None for no picture.
+
+    Raises UserError for a path that leads elsewhere: a table from others must not name what is on this machine.
+    """
+    if not picture or not (picture["bytes"] or picture["path"]):
+        return None
+    if picture["bytes"]:
+        return picture["bytes"]
+    for root in roots:
+        with suppress(ValueError, OSError):  # characters that no path has, symbolic links in a circle
+            path = (root / picture["path"]).resolve()
+            if path.is_relative_to(root.resolve()):
+                return path
+    raise UserError(
+        f"{picture['path']!r}, which a row names as its picture, is not in {roots[0]}; put it there, or save the table "
+        "with its pictures in it"
+    )
 
 
 def check_prompts(prompts: list, name: str, row_numbers: list[int] | None = None) -> None:

@@ -28,6 +28,8 @@ from lora_utils import add_lora
 from models.base import load_base
 from models.checkpoints import save_checkpoint
 from models.conditioning import make_aligner
+from render.rigs import load_body
+from render.uv_space import uv_mask
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "yellow": (230, 220, 40)}
 
@@ -193,3 +195,15 @@ def make_checkpoint(base, make_config, tmp_path):
 @pytest.fixture()
 def checkpoint(make_checkpoint):
     return make_checkpoint()
+
+
+@pytest.fixture()
+def examples(mesh, tmp_path):
+    """Three textures in the box's own layout, each of one colour."""
+    mask = uv_mask(load_body(f"obj:{mesh}"), 32).numpy()
+    (tmp_path / "examples").mkdir()
+    for number, colour in enumerate([(200, 40, 40), (190, 60, 30), (210, 30, 60)]):
+        pixels = np.zeros((32, 32, 4), np.uint8)
+        pixels[mask] = (*colour, 255)
+        Image.fromarray(pixels).save(tmp_path / "examples" / f"{number}.png")
+    return tmp_path / "examples"

@@ -26,7 +26,8 @@ from models.conditioning import encode_prompts
 def small_run(tmp_path, monkeypatch, run_script):
     """Runs the stages in little, in a folder of their own → what `run_script` returns."""
     steps = [f"--{name.replace('_', '-')}-steps=2" for name, stage in STAGES.items() if stage.steps]
-    size = ["--renders=40", "--outfits=80", "--mixed-precision=no", "--device=cpu"]
+    size = ["--renders=16", "--outfits=24", "--mixed-precision=no", "--device=cpu"]
+    monkeypatch.setattr(latents, "PATCHWORKS", 16)
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: run_script(main, "--out=base", "--work=work", *size, *steps, *arguments)
 
@@ -63,6 +64,7 @@ def test_pretraining_writes_a_base_and_resumes(small_run, monkeypatch, tmp_path)
 
     # The decoder begins at the encoder's inverse, not where an earlier training ended.
     monkeypatch.undo()
+    monkeypatch.setattr(latents, "PATCHWORKS", 16)
     monkeypatch.chdir(tmp_path)
     Path("work/autoencoder.pt").unlink()
     assert small_run("--stage=autoencoder")[0] == 0 and weights() == before

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from scipy.io import savemat
 from tally import count
 
+from atlas_dataset.building import verify_dataset
 from atlas_dataset.dataset import INFO_FILE, ATLASLarge
 from atlas_dataset.fits import read_fit
 from atlas_dataset.prompts import read_prompts
@@ -642,6 +643,28 @@ def test_tables_name_no_files_outside(tmp_path, refused):
         (tmp_path / "data" / "state.json").write_text(json.dumps(state))
         assert "another folder" in refused(ATLASLarge, tmp_path / "data", False, 8)
         assert "another folder" in refused(HuggingFaceATLAS, str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("named", ["{elsewhere}", "../secret.png", "link.png", "pictures/../../secret.png", "a\0b"])
+def test_tables_name_no_pictures_outside(named, tmp_path, refused):
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    path = named.format(elsewhere=tmp_path / "secret.png")
+    rows = {"image": [{"bytes": None, "path": path}], "texture": [{"bytes": None, "path": path}], "prompt": ["a man"]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "data")
+    (tmp_path / "data" / "pictures").mkdir()
+    (tmp_path / "data" / "link.png").symlink_to(tmp_path / "secret.png")
+    assert "is not in" in refused(lambda: ATLASLarge(tmp_path / "data", False, 8).texture(0))
+    assert "is not in" in refused(lambda: HuggingFaceATLAS(str(tmp_path / "data"))[0])
+    assert "is not in" in refused(verify_dataset, tmp_path / "data")
+
+
+def test_a_table_names_pictures_of_its_own_folder(tmp_path):
+    picture = {"bytes": None, "path": "0.png"}
+    rows = {"image": [picture], "texture": [picture], "prompt": ["a man"]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "data")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "data" / "0.png")
+    assert ATLASLarge(tmp_path / "data", False, 8).texture(0)[:, 0, 0].tolist() == [1, -1, -1]
+    assert HuggingFaceATLAS(str(tmp_path / "data"))[0] == ((tmp_path / "data" / "0.png").read_bytes(), "a man")
 
 
 @pytest.mark.parametrize("prompts", [{}, {"prompt": pyarrow.array([b"\xff"]).cast("string", safe=False)}])

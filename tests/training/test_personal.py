@@ -18,8 +18,6 @@ from models.base import load_base
 from models.checkpoints import RESUME_FILE
 from models.lora_files import load_lora
 from personalise import main as personalise_main
-from render.rigs import load_body
-from render.uv_space import uv_mask
 from training import loop
 from training.loop import train
 from training.objective import RowDraws, batch_losses
@@ -34,18 +32,6 @@ QUICK = ("personal.measure_every=2", "personal.seeds=1", "personal.num_inference
 def checkpoint(make_checkpoint):
     """Of joint training, whose own configuration has all that a personal run takes over."""
     return make_checkpoint("model.lora.r=2", "model.lora.alpha=2")
-
-
-@pytest.fixture()
-def examples(mesh, tmp_path):
-    """Three textures in the box's own layout, each of one colour."""
-    mask = uv_mask(load_body(f"obj:{mesh}"), 32).numpy()
-    (tmp_path / "examples").mkdir()
-    for number, colour in enumerate([(200, 40, 40), (190, 60, 30), (210, 30, 60)]):
-        pixels = np.zeros((32, 32, 4), np.uint8)
-        pixels[mask] = (*colour, 255)
-        Image.fromarray(pixels).save(tmp_path / "examples" / f"{number}.png")
-    return tmp_path / "examples"
 
 
 @pytest.fixture()
