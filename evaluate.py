@@ -24,21 +24,16 @@ the texture has. The last line is JSON.
 import argparse
 import json
 
-from common import processes
 from common.errors import UserError, exit_on_user_error
 from common.files import check_writable
-from config.configuration import DEFAULT_CONFIG, dotted_overrides, load_config
-from evaluation.comparison import compare, comparison_table
-from evaluation.report import summary
-from evaluation.running import evaluate_model, evaluate_textures
-from models.fast import STEPS
+from config.configuration import DEFAULT_CONFIG, FAST_STEPS, dotted_overrides, load_config
 
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made = parser.add_argument_group("what is measured")
     made.add_argument("--checkpoint", help="checkpoint folder (default: the newest under output.out_dir)")
-    made.add_argument("--fast", type=int, choices=STEPS, help="so few steps, by the checkpoint's fast adapter")
+    made.add_argument("--fast", type=int, choices=FAST_STEPS, help="so few steps, by the checkpoint's fast adapter")
     made.add_argument("--base", action="store_true", help="the configured base without LoRA and aligner")
     made.add_argument("--textures", help="a folder of textures that another system made, or a table as ATLAS has it")
     made.add_argument(
@@ -79,11 +74,17 @@ def main():
     with exit_on_user_error():
         args, overrides = parse_args()
         if args.compare:
+            from evaluation.comparison import compare, comparison_table
+
             rows = compare(*args.compare)
             print(comparison_table(rows), json.dumps(rows, allow_nan=False), sep="\n")
             return
         cfg = load_config(DEFAULT_CONFIG, overrides)  # before `check`, which makes --out's folder
         check(args)
+        from common import processes  # takes seconds, as what follows, which --help need not wait for
+        from evaluation.report import summary
+        from evaluation.running import evaluate_model, evaluate_textures
+
         processes.keep_freed_memory()
         results = evaluate_textures(args, cfg) if args.textures else evaluate_model(args, cfg, overrides)
     if results is not None:  # the main process's

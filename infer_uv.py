@@ -35,10 +35,10 @@ from common.files import check_writable, content_hash, write_whole
 from common.pictures import encode_image, open_image, picture_files
 from common.progress import progress
 from common.text import parse_json, read_lines
-from config.configuration import DEFAULT_CONFIG, dotted_overrides
+from config.configuration import DEFAULT_CONFIG, DEFAULT_FAST_STEPS, FAST_STEPS, dotted_overrides
 from models.adapters import parse_adapter, weights_hash
 from models.diffusion import SAMPLERS
-from models.fast import FEWEST, STEPS, fast_weights_hash
+from models.fast import fast_weights_hash
 from models.generation import check_takes_pictures, prompt_length
 from models.pipeline import TexturePipeline, read_mask
 from models.settings import (
@@ -136,8 +136,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespa
     )
     model.add_argument("--config", help=f"names the base of weights that do not say theirs (default: {DEFAULT_CONFIG})")
     sampling = parser.add_argument_group("sampling (default: as the checkpoint says)")
-    sampling.add_argument("--fast", type=int, nargs="?", const=FEWEST, choices=STEPS, help="so few steps, without "
-                          f"guidance, by the checkpoint's fast adapter (alone: {FEWEST}; see distill.py)")  # fmt: skip
+    sampling.add_argument("--fast", type=int, nargs="?", const=DEFAULT_FAST_STEPS, choices=FAST_STEPS,
+                          help="so few steps, without guidance, "
+                          f"by its fast adapter (alone: {DEFAULT_FAST_STEPS}; see distill.py)")  # fmt: skip
     sampling.add_argument("--steps", type=int, dest="num_inference_steps", help="denoising steps")
     sampling.add_argument("--guidance-scale", type=float, help="1 is none")
     sampling.add_argument("--negative-prompt", help="what to keep away from")

@@ -39,11 +39,10 @@ from atlas_dataset.fits import FIT_SUFFIXES, read_fit
 from common.errors import UserError, exit_on_user_error, reason
 from common.files import PROJECT_ROOT, check_writable, write_whole
 from common.pictures import encode_image, open_image
-from config.configuration import dotted_overrides
+from config.configuration import DEFAULT_FAST_STEPS, FAST_STEPS, dotted_overrides
 from models.base import resolve_source
 from models.body_map import has_body_map
 from models.diffusion import SAMPLERS
-from models.fast import FEWEST, STEPS
 from models.pipeline import TexturePipeline, read_mask
 from models.settings import GenerationSettings, encode_described, read_description
 from render.export import INFLUENCES
@@ -722,8 +721,9 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--checkpoint", help="of any known layout (default: your newest one, or the embedded one)")
     parser.add_argument("--config", help="names the base of weights that do not say theirs")
     parser.add_argument("--adapter", action="append", metavar="DIR[:weight]", help="of personalise.py; several times")
-    parser.add_argument("--fast", type=int, nargs="?", const=FEWEST, choices=STEPS, help="so few steps, without "
-                        f"guidance, by the checkpoint's fast adapter (alone: {FEWEST}; see distill.py)")  # fmt: skip
+    parser.add_argument("--fast", type=int, nargs="?", const=DEFAULT_FAST_STEPS, choices=FAST_STEPS,
+                        help="so few steps, without guidance, "
+                        f"by its fast adapter (alone: {DEFAULT_FAST_STEPS}; see distill.py)")  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="another lets others in, unasked (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="0 takes a free one (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("outputs/studio"), help="folder (default: %(default)s)")

@@ -26,11 +26,10 @@ from sd_shapes import ARCHITECTURES, make_sd_checkpoint
 
 from common.files import PROJECT_ROOT
 from common.processes import keep_freed_memory
-from config.configuration import load_config
+from config.configuration import FAST_STEPS, load_config
 from models.base import resolve_source
 from models.checkpoints import CONFIG_FILE, EMBEDDED_CHECKPOINT
 from models.diffusion import autocast, inference_scheduler, resolve_precision
-from models.fast import STEPS
 from models.generation import finish_texture, generate, prompt_condition
 from models.pipeline import TexturePipeline
 from training.monitoring import peak_memory
@@ -66,7 +65,7 @@ def main():
     parser.add_argument("--steps", type=int, default=20, help="of --architecture (default: %(default)s)")
     parser.add_argument("--architecture", choices=ARCHITECTURES, help="its shape instead of a checkpoint")
     parser.add_argument("--compile", nargs="?", const="default", metavar="MODE", help="of torch.compile")
-    parser.add_argument("--fast", type=int, choices=STEPS, help="ours by the fast adapter, theirs as without")
+    parser.add_argument("--fast", type=int, choices=FAST_STEPS, help="ours by the fast adapter, theirs as without")
     args = parser.parse_args()
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as work:

@@ -279,6 +279,10 @@ class Personal(Section):
     num_inference_steps: Positive = 10  # of those
 
 
+FAST_STEPS = (1, 2, 4, 8)  # that may be asked for
+DEFAULT_FAST_STEPS = 4
+
+
 class Fast(Section):
     """What distill.py trains: a LoRA with which a checkpoint needs few steps, and no guidance."""
 

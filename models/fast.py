@@ -16,8 +16,6 @@ from models.interchange import updated
 from models.lora_files import load_lora
 
 ABOUT_FILE = "fast.json"
-STEPS = (1, 2, 4, 8)
-FEWEST = 4  # that are as good as the checkpoint's own
 
 
 @dataclass(frozen=True)
