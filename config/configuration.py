@@ -135,7 +135,7 @@ class PersonalSchedule(Schedule):
     batch_size: Positive = 3
     effective_batch_size: Positive = 3
     max_steps: Positive | None = 400  # at most: the run stops by itself
-    learning_rate: Annotated[Number, Field(gt=0)] = 1e-3
+    learning_rate: Annotated[Number, Field(gt=0)] = 3e-3
     word_learning_rate: Annotated[Number, Field(gt=0)] = 5e-3  # of the new word's embedding
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 10
@@ -270,8 +270,11 @@ class Personal(Section):
     class_prompt: str = "a person"  # what the word is one of
     class_images: str | None = None  # textures of the class to keep; null: what the checkpoint itself predicts
     region: str | None = None  # of the body, which alone is learned, as a garment's; null: all, and to be edited
-    r: Positive = 4
-    alpha: Annotated[Number, Field(gt=0)] = 4
+    r: Positive = 8
+    alpha: Annotated[Number, Field(gt=0)] = 8
+    # What reads the prompt alone, as Custom Diffusion (Kumari et al. 2023) has it: what another word stands for moves
+    # least, so that adapters go together.
+    target_modules: list[str] = ["attn2.to_k", "attn2.to_v"]
     measure_every: Positive = 20  # steps
     patience: Positive | None = 5  # measures without a better one before it stops; null: never
     keep_best: bool = True  # false: the last step

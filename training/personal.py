@@ -61,7 +61,7 @@ def add_personal(cfg: Config, base: BaseModel) -> list[dict]:
     personal = cfg.personal
     load_lora(base, Path(personal.checkpoint))
     bake_lora(base)
-    settings = LoRA(r=personal.r, alpha=personal.alpha, target_modules=cfg.model.lora.target_modules)
+    settings = LoRA(r=personal.r, alpha=personal.alpha, target_modules=personal.target_modules)
     lora = add_lora(base.unet, settings)
     vector = add_word(base, personal.word, noun_vector(base, personal.class_prompt)).requires_grad_(True)
     rate = cfg.training.personal.word_learning_rate
