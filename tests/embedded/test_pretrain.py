@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoModel, StableDiffusionPipeline
 
+from common import processes
 from common.files import PROJECT_ROOT
 from embedded.grammar import Outfit
 from embedded.pretrain import __main__ as pretrain
@@ -27,9 +28,14 @@ def small_run(tmp_path, monkeypatch, run_script):
     """Runs the stages in little, in a folder of their own → what `run_script` returns."""
     steps = [f"--{name.replace('_', '-')}-steps=2" for name, stage in STAGES.items() if stage.steps]
     size = ["--renders=16", "--outfits=24", "--mixed-precision=no", "--device=cpu"]
-    monkeypatch.setattr(latents, "PATCHWORKS", 16)
+    in_little(monkeypatch)
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: run_script(main, "--out=base", "--work=work", *size, *steps, *arguments)
+
+
+def in_little(monkeypatch):
+    monkeypatch.setattr(latents, "PATCHWORKS", 16)
+    monkeypatch.setattr(processes, "cores", lambda: 1)  # a second renderer takes longer to start than to render
 
 
 def weights() -> dict[Path, bytes]:
@@ -64,7 +70,7 @@ def test_pretraining_writes_a_base_and_resumes(small_run, monkeypatch, tmp_path)
 
     # The decoder begins at the encoder's inverse, not where an earlier training ended.
     monkeypatch.undo()
-    monkeypatch.setattr(latents, "PATCHWORKS", 16)
+    in_little(monkeypatch)
     monkeypatch.chdir(tmp_path)
     Path("work/autoencoder.pt").unlink()
     assert small_run("--stage=autoencoder")[0] == 0 and weights() == before
