@@ -4,7 +4,8 @@
     python assets/make_personal.py DIR RUN/checkpoints/joint/step-001200
 
 DIR as that benchmark has it: the checkpoint is of the layout of its textures, and has seen all seven under their own
-prompts. Columns: the example, the word alone, the word with other clothes; from in front and from behind.
+prompts, so that the clothes in PROMPTS are ones that it knows. Columns: the example, the word alone, the word in other
+clothes; from in front and from behind.
 """
 
 import argparse
@@ -27,8 +28,8 @@ from render.uv_space import texture_pixels
 from training.personalising import personal_config, personalise
 
 WORD, CLASS_PROMPT, EXAMPLE = "sks", "a man", "001.png"
-PROMPTS = (WORD, f"{WORD} in a red shirt", f"{WORD} in blue pants", f"{WORD} with white hair")
-SIZE, HEIGHT, WIDTH = 1024, 512, 224
+PROMPTS = (WORD, f"{WORD} in a pink sweater", f"{WORD} in khaki shorts", f"{WORD} in a gold sequin gown")
+SIZE, HEIGHT, WIDTH = 1024, 448, 400
 
 
 @torch.no_grad()
@@ -49,11 +50,12 @@ def main():
         textures = [open_image(examples / EXAMPLE)]
         textures += pipeline(list(PROMPTS), seeds=[0] * len(PROMPTS), size=SIZE)
         azimuth = torch.tensor([0.0, 180.0])
-        cameras = orbit_cameras(pipeline.body, azimuth, torch.full((2,), 4.0), torch.full((2,), 30.0))
+        angles = azimuth, torch.full((2,), 4.0), torch.full((2,), 30.0)
+        cameras = orbit_cameras(pipeline.body, *angles, aspect=WIDTH / HEIGHT)
         columns = []
         for texture in textures:
             pixels = (texture_pixels(texture, SIZE)[None] + 1) / 2
-            columns.append(torch.cat([*render_views(pipeline.body, pixels, cameras, HEIGHT, WIDTH)], dim=-1))
+            columns.append(torch.cat([*render_views(pipeline.body, pixels, cameras, HEIGHT, WIDTH)], dim=-2))
         sheet = image_from_pixels(torch.cat(columns, dim=-1) * 2 - 1)
         write_whole(Path(__file__).parent / "gallery" / "personal.png", encode_image(sheet, format="PNG"))
 
