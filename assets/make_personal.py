@@ -29,7 +29,7 @@ from training.personalising import personal_config, personalise
 
 WORD, CLASS_PROMPT, EXAMPLE = "sks", "a man", "001.png"
 PROMPTS = (WORD, f"{WORD} in a pink sweater", f"{WORD} in khaki shorts", f"{WORD} in a gold sequin gown")
-SIZE, HEIGHT, WIDTH = 1024, 448, 400
+SIZE, HEIGHT, WIDTH = 1024, 368, 368
 
 
 @torch.no_grad()
