@@ -64,13 +64,21 @@ def read_fit(path: str | Path, body_spec: str, height: int, width: int) -> Fit:
         raise UserError(f"{path} holds what no fit holds ({reason(error)}); give one of README's kinds") from None
 
 
+def find_fit(folder: str | Path, picture: str | Path) -> Path | None:
+    """The fit of a picture in a folder: NAME.json, NAME.npz or NAME.pkl; None where there is none."""
+    return next(filter(Path.is_file, _names_of_fits(folder, picture)), None)
+
+
 def fit_beside(folder: str | Path, picture: str | Path) -> Path:
-    """The fit of a picture in a folder: NAME.json, NAME.npz or NAME.pkl. Raises UserError when there is none."""
-    names = [Path(folder) / f"{Path(picture).stem}{suffix}" for suffix in FIT_SUFFIXES]
-    for name in names:
-        if name.is_file():
-            return name
-    raise UserError(f"no fit of {picture} in {folder}: put {names[0].name}, {names[1].name} or {names[2].name} there")
+    """The same. Raises UserError when there is none."""
+    if fit := find_fit(folder, picture):
+        return fit
+    names = ", ".join(name.name for name in _names_of_fits(folder, picture))
+    raise UserError(f"no fit of {picture} in {folder}: put one of {names} there")
+
+
+def _names_of_fits(folder: str | Path, picture: str | Path) -> list[Path]:
+    return [Path(folder) / f"{Path(picture).stem}{suffix}" for suffix in FIT_SUFFIXES]
 
 
 def _read_values(path: Path) -> dict:

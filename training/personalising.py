@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from atlas_dataset.examples import LAYOUT_SIDE, MOST_EXAMPLES
+from atlas_dataset.fits import find_fit, read_fit
 from common import processes
 from common.errors import UserError, reason
 from common.files import check_writable, content_hash, write_whole
@@ -103,14 +104,21 @@ def personalise(cfg: Config, out: Path, pictures: bool = False) -> Path:
 
 
 def textures_of_pictures(cfg: Config, folder: Path) -> Path:
-    """What image-to-UV makes of each picture of cfg.data.dataset, with the pictures' captions → folder."""
+    """What image-to-UV makes of each picture of cfg.data.dataset, with the pictures' captions → folder.
+
+    A picture beside which its fit lies (NAME.json, .npz or .pkl) keeps its own pixels.
+    """
     source = Path(cfg.data.dataset)
     files = picture_files(source)
     pipeline = TexturePipeline.from_pretrained(cfg.personal.checkpoint, overrides=[])
     check_takes_pictures(pipeline.trained)
     size = max(pipeline.trained.base.native_resolution, LAYOUT_SIDE)  # at less its layout could not be told
     for file in files:
-        (texture,) = pipeline(images=[open_image(file)], size=size)
+        picture, fit, partial = open_image(file), find_fit(source, file), None
+        if fit:
+            sighting = read_fit(fit, pipeline.body_spec, picture.height, picture.width)
+            partial = pipeline.own_pixels([picture], [sighting], size)
+        (texture,) = pipeline(images=[picture], partial=partial, size=size)
         write_whole(folder / f"{file.stem}.png", encode_image(texture, format="PNG"))
         caption = file.with_suffix(".txt")
         if caption.is_file():

@@ -18,6 +18,7 @@ from models.body_map import MAP_SIZE, BodyMap
 from models.pipeline import TexturePipeline
 from render.rigs import load_rig
 from render.uv_space import uv_mask
+from training.personalising import personal_config, textures_of_pictures
 
 SIZE = 64
 WHITE = {"plain": 0, "gradient": 0, "noise": 0, "pictures": 0, "white": 1}
@@ -87,6 +88,20 @@ def test_two_pictures_and_folders(checkpoint, person, tmp_path, run_script):
     (folder / "two.json").unlink()
     status, _, error = run_script(infer_main, *one)
     assert status == 2 and "no fit of" in error and "two.json" in error
+
+
+def test_pictures_of_a_personal_run_keep_theirs_where_a_fit_lies_beside_them(checkpoint, person, tmp_path):
+    folder, _ = person
+    (folder / "two.json").unlink()
+    made = textures_of_pictures(personal_config(checkpoint, folder, "sks", "a man"), tmp_path / "made")
+    pipeline, shares = TexturePipeline.from_pretrained(checkpoint), []
+    for name in ("one", "two"):
+        picture, own = Image.open(folder / f"{name}.png"), pixels(made / f"{name}.png")
+        sighting = read_fit(folder / "one.json", pipeline.body_spec, picture.height, picture.width)
+        partial = np.array(pipeline.own_pixels([picture], [sighting], len(own)))
+        sure = partial[..., 3] == 255
+        shares.append((own[sure][:, :3] == partial[sure][:, :3]).all(-1).mean())
+    assert shares[0] == 1 and shares[1] < 0.1
 
 
 def test_the_same_from_python(checkpoint, person, mesh, tmp_path):
