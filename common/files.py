@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,6 +101,33 @@ def remove_partial_files(folder: Path, of_all: bool = False) -> None:
     for path in folder.rglob(".*.partial"):
         if of_all or path.name.endswith(_partial_suffix()):
             path.unlink(missing_ok=True)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Renames folder `new` to `path`. What was there is moved aside and then deleted, so that whoever is killed leaves
+    no half of either. Raises OSError, and what was there is there again."""
+    aside = _move_aside(path)
+    try:
+        os.replace(new, path)
+    except OSError:
+        if aside.exists():
+            os.rename(aside, path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Deletes a folder; one who is killed meanwhile leaves it whole, or hidden. Raises OSError."""
+    shutil.rmtree(_move_aside(path))
+
+
+def _move_aside(path: Path) -> Path:
+    """Renames a folder, if there is one, to a hidden name beside it; removes what one who was killed left there."""
+    aside = path.with_name(f".{path.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, aside)
+    return aside
 
 
 def write_whole(path: str | Path, data: bytes) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from common.errors import UserError, reason
-from common.files import content_hash
+from common.files import content_hash, is_hidden
 from common.text import parse_json
 from lora_utils import ADAPTED, ADAPTER_FILE, FAST_FOLDER, LORA_FILE, all_finite, bake_lora, lora_layers, read_tensors
 from models.base import BaseModel
@@ -191,10 +191,11 @@ def _read_vector(folder: Path, word: str) -> Tensor:
 
 def weights_hash(checkpoint: str | Path) -> str:
     """A short hash of the weights in a checkpoint's folder, or in one file; of large ones, of their sizes. A fast
-    adapter is not among them: it is made from them."""
+    adapter is not among them: it is made from them; nor is what is hidden: a part of it, not written to its end."""
     path = Path(checkpoint)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [file for file in files if FAST_FOLDER not in file.relative_to(path).parts]
+    inside = {file: file.relative_to(path) for file in files}
+    files = [file for file in files if FAST_FOLDER not in inside[file].parts and not is_hidden(inside[file])]
     weights = [file for file in files if file.suffix in (".safetensors", ".bin", ".pth")]
     sizes = {file: file.stat().st_size for file in weights}
     small = [file.read_bytes() for file in weights if sizes[file] < LARGEST_HASHED]

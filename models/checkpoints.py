@@ -1,7 +1,6 @@
 """Checkpoints: self-describing folders, written to a temporary name and renamed, so that each is whole or absent."""
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from common.errors import UserError, reason
-from common.files import PROJECT_ROOT
+from common.files import PROJECT_ROOT, remove_folder, replace_folder
 from common.text import parse_json
 from config.configuration import Config, Output, load_config, save_config
 from lora_utils import (
@@ -87,8 +86,7 @@ def save_checkpoint(
         written = max(time.time(), *(saved["written"] + 0.001 for saved in saved_states(folder.parent).values()), 0)
         own_state = {"task": task, "global_step": global_step, "written": written}
         (partial / STATE_FILE).write_text(json.dumps(own_state) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        replace_folder(partial, folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         needed = sum(parameter.numel() * 4 for parameter in trained) * (1 if state is None else 4) / 1e6
@@ -126,7 +124,9 @@ def drop_old_checkpoints(run_dir: Path, keep_last: int | None) -> None:
     """Deletes all but the `keep_last` of `saved_states` that were written last; None keeps all."""
     if keep_last:
         for folder in list(saved_states(run_dir))[:-keep_last]:
-            shutil.rmtree(folder)
+            remove_folder(folder)
+        for left_by_one_killed in run_dir.glob(".step-*.old"):
+            shutil.rmtree(left_by_one_killed, ignore_errors=True)
 
 
 def newest_state(run_dir: Path) -> Path | None:

@@ -1,13 +1,12 @@
 """From a checkpoint to its fast adapter: the configuration of such a run, and the way into the checkpoint's folder."""
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from common import processes
 from common.errors import UserError, reason
-from common.files import check_writable, content_hash
+from common.files import check_writable, content_hash, remove_folder, replace_folder
 from config.configuration import Config, Output, dump_config, load_config
 from lora_utils import FAST_FOLDER, LORA_FILE
 from models.adapters import weights_hash
@@ -60,10 +59,9 @@ def distill(cfg: Config, out_dir: str | Path) -> Path:
             partial.mkdir()
             shutil.copy(last / LORA_FILE, partial)
             save_fast(partial, Fast(weights, cfg.fast.windows))
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(partial, folder)
+            replace_folder(partial, folder)
         except OSError as error:
             raise UserError(f"cannot write {folder} ({reason(error)}); the adapter is whole in {last}") from None
-        shutil.rmtree(work, ignore_errors=True)
+        remove_folder(work)
     processes.wait()
     return checkpoint / FAST_FOLDER

@@ -4,7 +4,6 @@ Steps are kept in a hidden folder beside the result, named by all that decides t
 where it was stopped; the result is that folder's best step, moved.
 """
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from atlas_dataset.examples import LAYOUT_SIDE, MOST_EXAMPLES
 from atlas_dataset.fits import find_fit, read_fit
 from common import processes
 from common.errors import UserError, reason
-from common.files import check_writable, content_hash, write_whole
+from common.files import check_writable, content_hash, remove_folder, replace_folder, write_whole
 from common.pictures import encode_image, is_picture, open_image, picture_files
 from config.configuration import Config, Output, dump_config, load_config
 from lora_utils import ADAPTER_FILE
@@ -93,14 +92,20 @@ def personalise(cfg: Config, out: Path, pictures: bool = False) -> Path:
         raise
     if processes.is_main():
         check_writable(out.parent)
-        try:
-            shutil.rmtree(out, ignore_errors=True)
-            os.replace(best, out)
+        try:  # a copy, so that the same command still has all of the run if it is killed before its end
+            replace_folder(copied(best, out), out)
         except OSError as error:
             raise UserError(f"cannot write {out} ({reason(error)}); the adapter is whole in {best}") from None
-        shutil.rmtree(work, ignore_errors=True)
+        remove_folder(work)
     processes.wait()
     return out
+
+
+def copied(folder: Path, out: Path) -> Path:
+    """A copy of an adapter's folder under a hidden name beside `out`."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    return shutil.copytree(folder, partial)
 
 
 def textures_of_pictures(cfg: Config, folder: Path) -> Path:
