@@ -4,7 +4,7 @@
     python assets/make_personal.py DIR RUN/checkpoints/joint/step-001200
 
 DIR as that benchmark has it: the checkpoint is of the layout of its textures, and has seen all seven under their own
-prompts, so that the clothes in PROMPTS are ones that it knows. Columns: the example, the word alone, the word in other
+prompts, so that CLOTHES are ones that it knows. Columns: the example, the word alone, the word in other
 clothes; from in front and from behind.
 """
 
@@ -28,7 +28,8 @@ from render.uv_space import texture_pixels
 from training.personalising import personal_config, personalise
 
 WORD, CLASS_PROMPT, EXAMPLE = "sks", "a man", "001.png"
-PROMPTS = (WORD, f"{WORD} in a pink sweater", f"{WORD} in khaki shorts", f"{WORD} in a gold sequin gown")
+CLOTHES = ("khaki shorts", "a floral jacket", "a blue blazer and khaki pants")
+PROMPTS = (WORD, *(f"{WORD} in {clothes}" for clothes in CLOTHES))
 SIZE, HEIGHT, WIDTH = 1024, 368, 368
 
 
