@@ -67,7 +67,7 @@ def _add_adapter(module, settings, r: int, alpha: float, target_modules: list[st
     try:
         module.add_adapter(config)
     except ValueError as error:
-        raise UserError(f"model.lora.target_modules {target_modules}: {reason(error)}") from None
+        raise UserError(f"target_modules {target_modules}: {reason(error)}") from None
     make_dora_view_free(module)
     cast_training_params(module, dtype=torch.float32)
     return lora_parameters(module)

@@ -18,7 +18,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Any key of the config can be set: --personal.r=8 --training.personal.learning_rate=5e-4",
+        epilog="Any key of the config can be set: --personal.r=16 --training.personal.learning_rate=5e-4",
     )
     parser.add_argument("--examples", required=True, help="a folder of 1 to 20 textures of one person or garment")
     parser.add_argument("--pictures", action="store_true", help="the examples are pictures of a person, not textures")

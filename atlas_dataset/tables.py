@@ -121,7 +121,7 @@ def stored_picture(picture: dict | None, *roots: Path) -> bytes | Path | None:
     if picture["bytes"]:
         return picture["bytes"]
     for root in roots:
-        with suppress(ValueError, OSError):  # characters that no path has, symbolic links in a circle
+        with suppress(ValueError, TypeError, OSError):  # what is no path, symbolic links in a circle
             path = (root / picture["path"]).resolve()
             if path.is_relative_to(root.resolve()):
                 return path

@@ -106,27 +106,32 @@ def remove_partial_files(folder: Path, of_all: bool = False) -> None:
 def replace_folder(new: Path, path: Path) -> None:
     """Renames folder `new` to `path`. What was there is moved aside and then deleted, so that whoever is killed leaves
     no half of either. Raises OSError, and what was there is there again."""
+    path = path.resolve() if path.is_symlink() else path
     aside = _move_aside(path)
     try:
         os.replace(new, path)
-    except OSError:
-        if aside.exists():
+    except BaseException:
+        if aside:
             os.rename(aside, path)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    if aside:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:
     """Deletes a folder; one who is killed meanwhile leaves it whole, or hidden. Raises OSError."""
-    shutil.rmtree(_move_aside(path))
+    if aside := _move_aside(path):
+        shutil.rmtree(aside)
 
 
-def _move_aside(path: Path) -> Path:
-    """Renames a folder, if there is one, to a hidden name beside it; removes what one who was killed left there."""
+def _move_aside(path: Path) -> Path | None:
+    """Renames a folder to a hidden name beside it, and removes what one who was killed left there; None without one."""
     aside = path.with_name(f".{path.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
+    try:
         os.rename(path, aside)
+    except FileNotFoundError:
+        return None
     return aside
 
 

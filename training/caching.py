@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from atlas_dataset.dataset import ATLASLarge
+from atlas_dataset.tables import stored_picture
 from common import processes
 from common.errors import UserError, one_line_errors, reason
 from common.files import check_writable, content_hash, temporary_name, write_whole
@@ -102,9 +103,9 @@ def weights_digest(module: torch.nn.Module) -> str:
     return content_hash(json.dumps(settings, sort_keys=True, default=str), *state, *weights_bytes)
 
 
-def picture_keys(table, column: str, root: Path, rebuild: bool = False) -> list[str]:
-    """A hash of each picture's bytes, remembered as long as the table's files are the same. Raises UserError when one
-    cannot be read."""
+def picture_keys(table, column: str, folder: Path, root: Path, rebuild: bool = False) -> list[str]:
+    """A hash of each picture's bytes, remembered in `root` as long as the table's files are the same. folder: of the
+    table, in which a picture may be a file. Raises UserError when one cannot be read."""
     memo = root / f"keys-{files_digest(table)}-{column}.json"
     if not rebuild and memo.exists():
         with suppress(ValueError):  # damaged: made anew
@@ -113,9 +114,11 @@ def picture_keys(table, column: str, root: Path, rebuild: bool = False) -> list[
                 return keys
     keys, is_inside = [], bool(table.cache_files)
     for row in progress(table.select_columns(column), f"{column} keys", unit="row", leave=False):
-        content = row[column]["bytes"]
-        is_inside &= bool(content)
-        keys.append(content_hash(content or _read_picture(row[column]["path"])))
+        content = stored_picture(row[column], folder)
+        if content is None:
+            raise UserError(f"row {len(keys)} of {folder} has no picture; build it again")
+        is_inside &= isinstance(content, bytes)
+        keys.append(content_hash(content if isinstance(content, bytes) else _read_picture(content)))
     if is_inside:  # pictures outside the table may change without it
         write_whole(memo, json.dumps(keys).encode())
     return keys
@@ -134,9 +137,9 @@ def files_digest(table) -> str:
     return content_hash(table._fingerprint, *identities)
 
 
-def _read_picture(path: str) -> bytes:
+def _read_picture(path: Path) -> bytes:
     try:
-        return Path(path).read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read picture {path}: {reason(error)}") from None
 
@@ -200,7 +203,7 @@ def _encodings(
 
     how = (str(VERSION), str(precision))
     maker = content_hash(weights_digest(base.vae), str(dataset.resolution), *how)
-    keys = picture_keys(dataset.textures, "texture", root, rebuild)
+    keys = picture_keys(dataset.textures, "texture", dataset.root, root, rebuild)
     encodings = [Encoding("posterior", maker, keys, dataset.texture, encode_textures)]
     if cfg.data.cache == "all":
         prompts = [cfg.model.prompt_template.format(prompt=prompt) for prompt in dataset.prompts]
@@ -211,7 +214,7 @@ def _encodings(
     if cfg.data.cache == "all" and dataset.renders is not None:
         settings = (*base.image_processor.image_mean, *base.image_processor.image_std, *dataset.image_size)
         maker = content_hash(weights_digest(base.image_encoder), *map(str, settings), *how)
-        keys = picture_keys(dataset.renders, "image", root, rebuild)
+        keys = picture_keys(dataset.renders, "image", dataset.root, root, rebuild)
         encodings.append(Encoding("image_tokens", maker, keys, dataset.image, encode_pictures))
     return encodings
 

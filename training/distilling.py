@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from common import processes
@@ -61,7 +62,9 @@ def distill(cfg: Config, out_dir: str | Path) -> Path:
             save_fast(partial, Fast(weights, cfg.fast.windows))
             replace_folder(partial, folder)
         except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
             raise UserError(f"cannot write {folder} ({reason(error)}); the adapter is whole in {last}") from None
-        remove_folder(work)
+        with suppress(OSError):  # files that are still open; the adapter is there
+            remove_folder(work)
     processes.wait()
     return checkpoint / FAST_FOLDER

@@ -1,11 +1,12 @@
 """From a few examples to a personal adapter: the configuration of such a run, and the way from folder to folder.
 
 Steps are kept in a hidden folder beside the result, named by all that decides them, so that the same command goes on
-where it was stopped; the result is that folder's best step, moved.
+where it was stopped; the result is a copy of that folder's best step.
 """
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from atlas_dataset.examples import LAYOUT_SIDE, MOST_EXAMPLES
@@ -74,6 +75,7 @@ def personalise(cfg: Config, out: Path, pictures: bool = False) -> Path:
     pictures: the examples are pictures of a person, of which image-to-UV makes textures first. Raises UserError for
     what is wrong with the examples, and where `out` is something else already.
     """
+    out = out.resolve() if out.is_symlink() else out
     if out.exists() and not (out / ADAPTER_FILE).is_file():
         raise UserError(f"--out {out} is there already and is no adapter; choose another name")
     folders = [cfg.data.dataset, *filter(None, [cfg.personal.class_images])]
@@ -95,17 +97,22 @@ def personalise(cfg: Config, out: Path, pictures: bool = False) -> Path:
         try:  # a copy, so that the same command still has all of the run if it is killed before its end
             replace_folder(copied(best, out), out)
         except OSError as error:
+            shutil.rmtree(hidden_copy(out), ignore_errors=True)
             raise UserError(f"cannot write {out} ({reason(error)}); the adapter is whole in {best}") from None
-        remove_folder(work)
+        with suppress(OSError):  # files that are still open; the adapter is there
+            remove_folder(work)
     processes.wait()
     return out
 
 
 def copied(folder: Path, out: Path) -> Path:
     """A copy of an adapter's folder under a hidden name beside `out`."""
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    return shutil.copytree(folder, partial)
+    shutil.rmtree(hidden_copy(out), ignore_errors=True)
+    return shutil.copytree(folder, hidden_copy(out))
+
+
+def hidden_copy(out: Path) -> Path:
+    return out.with_name(f".{out.name}.partial")
 
 
 def textures_of_pictures(cfg: Config, folder: Path) -> Path:

@@ -57,3 +57,10 @@ def test_one_killed_while_deleting_leaves_no_half(folders, tmp_path, monkeypatch
     assert not old.exists() and (tmp_path / ".old.old" / "weights").read_text() == "old"
     remove_folder(new)
     assert not new.exists()
+
+
+def test_a_link_stays_one_and_leads_to_the_new(folders, tmp_path):
+    new, old = folders
+    (tmp_path / "link").symlink_to(old)
+    replace_folder(new, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (old / "weights").read_text() == "new"

@@ -151,7 +151,7 @@ def test_known_keys_have_the_seeds_spelling():
         (["--data.render.backgrounds.pictures=1"], "needs background_folder"),
         (NO_BACKGROUNDS, "give at least one a weight"),
         (["--data.render.poses=amass"], "cannot take the motions"),
-        (["--model.lora.target_modules=[nonsense]"], "model.lora.target_modules"),
+        (["--model.lora.target_modules=[nonsense]"], "target_modules"),
         (["--steps"], "unknown argument"),
         (["--output.out_dir", "--dry-run"], "--output.out_dir has no value"),
         (["--output.out_dir", "--data.num_workers=1"], "--output.out_dir has no value"),

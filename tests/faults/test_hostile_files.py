@@ -27,6 +27,7 @@ from atlas_dataset.fits import read_fit
 from atlas_dataset.prompts import read_prompts
 from atlas_dataset.sources import HuggingFaceATLAS
 from common.errors import UserError
+from common.files import content_hash
 from common.pictures import open_image, picture_files
 from config.configuration import DEFAULT_CONFIG, Aligner, load_config, save_config
 from evaluation.report import FEATURES, RESULTS, read_results
@@ -43,7 +44,7 @@ from render.bodies import read_obj
 from render.densepose import _read_table
 from render.render_turntable import main as turntable_main
 from render.smpl import read_amass, read_arrays, read_shapes
-from training.caching import Cache
+from training.caching import Cache, picture_keys
 
 pytest.importorskip("resource")  # Windows has none
 ALLOWANCE = 800_000_000  # bytes of address space that a reader may take beyond what the process has
@@ -656,6 +657,8 @@ def test_tables_name_no_pictures_outside(named, tmp_path, refused):
     assert "is not in" in refused(lambda: ATLASLarge(tmp_path / "data", False, 8).texture(0))
     assert "is not in" in refused(lambda: HuggingFaceATLAS(str(tmp_path / "data"))[0])
     assert "is not in" in refused(verify_dataset, tmp_path / "data")
+    table = ATLASLarge(tmp_path / "data", False, 8).textures
+    assert "is not in" in refused(picture_keys, table, "texture", tmp_path / "data", tmp_path / "cache")
 
 
 def test_a_table_names_pictures_of_its_own_folder(tmp_path):
@@ -663,7 +666,10 @@ def test_a_table_names_pictures_of_its_own_folder(tmp_path):
     rows = {"image": [picture], "texture": [picture], "prompt": ["a man"]}
     datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "data")
     Image.new("RGB", (8, 8), "red").save(tmp_path / "data" / "0.png")
-    assert ATLASLarge(tmp_path / "data", False, 8).texture(0)[:, 0, 0].tolist() == [1, -1, -1]
+    dataset = ATLASLarge(tmp_path / "data", False, 8)
+    assert dataset.texture(0)[:, 0, 0].tolist() == [1, -1, -1]
+    keys = picture_keys(dataset.textures, "texture", tmp_path / "data", tmp_path / "cache")
+    assert keys == [content_hash((tmp_path / "data" / "0.png").read_bytes())]
     assert HuggingFaceATLAS(str(tmp_path / "data"))[0] == ((tmp_path / "data" / "0.png").read_bytes(), "a man")
 
 

@@ -103,8 +103,8 @@ def test_another_picture_of_the_same_size_time_and_fingerprint_is_noticed(tmp_pa
         for file in (tmp_path / "data").iterdir():
             os.utime(file, (1, 1))
         textures = ATLASLarge(tmp_path / "data", False, 32).textures
-        keys.append(caching.picture_keys(textures, "texture", root))
-        assert caching.picture_keys(textures, "texture", root) == keys[-1], "remembered"
+        keys.append(caching.picture_keys(textures, "texture", tmp_path / "data", root))
+        assert caching.picture_keys(textures, "texture", tmp_path / "data", root) == keys[-1], "remembered"
         assert len(list(root.glob("keys-*.json"))) == len(keys)
     assert keys[0] != keys[1]
 
@@ -112,10 +112,10 @@ def test_another_picture_of_the_same_size_time_and_fingerprint_is_noticed(tmp_pa
 @pytest.mark.parametrize("content", ["[", "[]", None])
 def test_remembered_keys_that_are_damaged_or_to_be_rebuilt_are_made_anew(content, tmp_path):
     textures = ATLASLarge(seed_layout(tmp_path / "data", 10, "f" * 16), False, 32).textures
-    keys = caching.picture_keys(textures, "texture", tmp_path)
+    keys = caching.picture_keys(textures, "texture", tmp_path / "data", tmp_path)
     (memo,) = tmp_path.glob("keys-*.json")
     memo.write_text('["wrong"]' if content is None else content)
-    assert caching.picture_keys(textures, "texture", tmp_path, rebuild=content is None) == keys
+    assert caching.picture_keys(textures, "texture", tmp_path / "data", tmp_path, rebuild=content is None) == keys
     assert memo.read_text() == f'["{keys[0]}"]'
 
 
