@@ -94,25 +94,17 @@ def personalise(cfg: Config, out: Path, pictures: bool = False) -> Path:
         raise
     if processes.is_main():
         check_writable(out.parent)
+        partial = out.with_name(f".{out.name}.partial")
         try:  # a copy, so that the same command still has all of the run if it is killed before its end
-            replace_folder(copied(best, out), out)
+            shutil.rmtree(partial, ignore_errors=True)
+            replace_folder(shutil.copytree(best, partial), out)
         except OSError as error:
-            shutil.rmtree(hidden_copy(out), ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             raise UserError(f"cannot write {out} ({reason(error)}); the adapter is whole in {best}") from None
         with suppress(OSError):  # files that are still open; the adapter is there
             remove_folder(work)
     processes.wait()
     return out
-
-
-def copied(folder: Path, out: Path) -> Path:
-    """A copy of an adapter's folder under a hidden name beside `out`."""
-    shutil.rmtree(hidden_copy(out), ignore_errors=True)
-    return shutil.copytree(folder, hidden_copy(out))
-
-
-def hidden_copy(out: Path) -> Path:
-    return out.with_name(f".{out.name}.partial")
 
 
 def textures_of_pictures(cfg: Config, folder: Path) -> Path:

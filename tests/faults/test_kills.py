@@ -13,17 +13,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors.torch
 from conftest import command_line
-from PIL import Image
 from safetensors.torch import load_file
 from tally import IS_LONG, count
 
 from common.files import PROJECT_ROOT
-from render.rigs import load_body
-from render.uv_space import uv_mask
 
 KILLS, ERRORS = 5, "errors.txt"
 LAUNCH = """
@@ -134,14 +130,8 @@ def test_evaluations(checkpoint, dataset_dir, tmp_path):
     storm(command, tmp_path, lambda out: [out / "textures"], ".png", "evaluations")
 
 
-def test_personalisations(make_checkpoint, mesh, tmp_path):
-    checkpoint, examples = make_checkpoint("model.lora.r=2", "model.lora.alpha=2"), tmp_path / "examples"
-    examples.mkdir()
-    mask = uv_mask(load_body(f"obj:{mesh}"), 32).numpy()
-    for number in range(3):
-        pixels = np.zeros((32, 32, 4), np.uint8)
-        pixels[mask] = (200, 40 + 20 * number, 40, 255)
-        Image.fromarray(pixels).save(examples / f"{number}.png")
+def test_personalisations(make_checkpoint, examples, tmp_path):
+    checkpoint = make_checkpoint("model.lora.r=2", "model.lora.alpha=2")
 
     def command(out: Path) -> list:
         quick = ("personal.measure_every=2", "personal.seeds=1", "personal.num_inference_steps=2",
