@@ -148,7 +148,7 @@ class FastSchedule(Schedule):
     schedule: Literal["alternate", "paired"] = "paired"
     batch_size: Positive = 6
     effective_batch_size: Positive = 6
-    max_steps: Positive | None = 300
+    max_steps: Positive | None = 1000
     learning_rate: Annotated[Number, Field(gt=0)] = 1e-3
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 10
     condition_dropout: Share = 0.0  # there is no guidance that would need it
@@ -290,10 +290,10 @@ class Fast(Section):
     """What distill.py trains: a LoRA with which a checkpoint needs few steps, and no guidance."""
 
     checkpoint: str | None = None  # whose; null: this is no such run
-    r: Positive = 8
-    alpha: Annotated[Number, Field(gt=0)] = 8
+    r: Positive = 16
+    alpha: Annotated[Number, Field(gt=0)] = 16
     windows: Positive = 4  # of the timesteps, each a step of inference
-    teacher_steps: Positive = 3  # of each window, with guidance
+    teacher_steps: Positive = 4  # of each window, with guidance
 
 
 class Config(Section):

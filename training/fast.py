@@ -22,7 +22,7 @@ from models.diffusion import inference_scheduler
 from models.lora_files import image_encoder_lora_file, load_image_encoder_lora, load_lora
 from models.settings import GenerationSettings
 
-AT_THE_START = 0.5  # share of the rows trained at their window's start, where sampling with few steps is
+AT_THE_START = 0.7  # share of the rows trained at their window's start, where sampling with few steps is
 
 
 def add_fast(cfg: Config, base: BaseModel) -> tuple[torch.nn.Module, list[dict]]:
@@ -88,10 +88,12 @@ class Shortcuts:
         grid = torch.cat([self.timesteps, self.timesteps.new_tensor([-1])])  # -1: the end, in alphas_cumprod too
         first = windows * self.substeps
         start = end = self._mixed(latents, noise, grid[first])
+        earlier = None  # clean latents, noise and timesteps of the step before
         for substep in range(self.substeps):
             here, there = grid[first + substep], grid[first + substep + 1]
             clean, remaining = self._predicted(end, here, states, scales)
-            end = self._mixed(clean, remaining, there)
+            end = self._stepped(end, (clean, remaining, here), there, earlier)
+            earlier = clean, remaining, here
         (alpha, sigma), (alpha_end, sigma_end) = self._rates(grid[first]), self._rates(grid[first + self.substeps])
         determinant = alpha * sigma_end - sigma * alpha_end
         clean = (sigma_end * start - sigma * end) / determinant
@@ -101,6 +103,27 @@ class Shortcuts:
         """Shares of clean latents and of noise, (B, 1, 1, 1) each."""
         alphas_cumprod = self.alphas_cumprod[timesteps][:, None, None, None]
         return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+
+    def _stepped(self, noisy_latents: Tensor, now: tuple, there: Tensor, earlier: tuple | None) -> Tensor:
+        """The noisy latents at the timesteps `there`: a step of DDIM, and from the second on of second order.
+
+        now, earlier: clean latents, noise and timesteps. Clean latents and noise change along the way, which DDIM takes
+        for constant; they are taken on to the middle of the step, by the angle whose cosine and sine mix them
+        (Adams-Bashforth). 3 such steps a window come nearer to the way itself than 5 of DDIM do (docs/log.md).
+        """
+        clean, remaining, here = now
+        if earlier is not None:
+            earlier_clean, earlier_remaining, before = earlier
+            ahead = (self._angles(here) - self._angles(there)) / (self._angles(before) - self._angles(here)) / 2
+            clean = torch.lerp(earlier_clean, clean, 1 + ahead)
+            remaining = torch.lerp(earlier_remaining, remaining, 1 + ahead)
+        (alpha, sigma), (alpha_there, sigma_there) = self._rates(here), self._rates(there)
+        return noisy_latents + (alpha_there - alpha) * clean + (sigma_there - sigma) * remaining
+
+    def _angles(self, timesteps: Tensor) -> Tensor:
+        """Of clean latents and noise on a quarter circle, (B, 1, 1, 1)."""
+        alpha, sigma = self._rates(timesteps)
+        return torch.atan2(sigma, alpha)
 
     def _mixed(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         alpha, sigma = self._rates(timesteps)

@@ -31,6 +31,8 @@ for script, *arguments in json.loads(sys.stdin.read()):
             sys.exit(f"{{script}} ended with {{end.code}}")
 """
 
+A_STEP = ("max_steps=1", "batch_size=2", "effective_batch_size=2")
+
 
 @pytest.fixture()
 def asked_of_the_network(tmp_path):
@@ -57,12 +59,13 @@ def test_the_guard_notices(asked_of_the_network, tmp_path):
 
 def test_what_begins_with_nothing_asks_no_network(asked_of_the_network, make_config, textures, mesh, tmp_path):
     """Inference of the embedded checkpoint, training from a base, its evaluation, a data set, a turntable."""
-    cfg = make_config("training.joint.max_steps=1", "data.validation_textures=1", "output.sample_every=1")
+    few = [f"training.{task}.{key}" for task in ("joint", "t2uv", "i2uv") for key in A_STEP]
+    cfg = make_config(*few, "data.validation_textures=1", "output.sample_every=1")
     told, body = ("--textures", textures, "--prompts", textures / "prompts.txt"), ("--body", f"obj:{mesh}")
     sizes = ("--views", 1, "--height", 32, "--width", 24)
     assert not asked_of_the_network(
         ("infer_uv.py", "--prompt", "a man in red", "--fast", 1, "--export", "glb", "--out", tmp_path / "out"),
-        ("joint.py", *command_line(cfg)),
+        *((script, *command_line(cfg)) for script in ("joint.py", "t2uv.py", "i2uv.py")),
         ("evaluate.py", *told, "--out", tmp_path / "evaluation"),
         ("atlas_dataset/build_atlas_large.py", *told, *body, *sizes, "--out", tmp_path / "built"),
         ("render/render_turntable.py", "--texture", textures / "0.png", *body, "--frames", 2, "--size", "32x24",
@@ -73,8 +76,7 @@ def test_what_begins_with_nothing_asks_no_network(asked_of_the_network, make_con
 
 def test_what_begins_with_a_checkpoint_asks_no_network(asked_of_the_network, make_checkpoint, examples, tmp_path):
     checkpoint = make_checkpoint("model.lora.r=2", "model.lora.alpha=2")
-    keys = ("max_steps=1", "batch_size=2", "effective_batch_size=2")
-    few = [f"--training.{task}.{key}" for task in ("personal", "fast") for key in keys]
+    few = [f"--training.{task}.{key}" for task in ("personal", "fast") for key in A_STEP]
     assert not asked_of_the_network(
         ("lora_utils.py", "export", checkpoint, "--format", "kohya", "--out", tmp_path / "lora"),
         ("models/publish.py", "--checkpoint", checkpoint, "--licence", "mit", "--out", tmp_path / "hub"),
