@@ -63,7 +63,7 @@ def load_anny():
         warnings.simplefilter("ignore")
         import anny
 
-        with contextlib.nullcontext() if _anny_is_kept() else _shapes_as_tables():
+        with contextlib.nullcontext() if _anny_is_kept() else _first_load():
             return anny.Anny(skinning_method="lbs").eval()
 
 
@@ -77,17 +77,23 @@ def _anny_is_kept() -> bool:
 
 
 @contextlib.contextmanager
-def _shapes_as_tables() -> Iterator[None]:
+def _first_load() -> Iterator[None]:
     """Inside, Anny reads its 1136 blend shapes as tables: by itself a line and a tensor at a time, for most of a
-    minute. They are the very same numbers in a fraction of the time."""
+    minute. They are the very same numbers in a fraction of the time. And it keeps on the disk the model alone, not the
+    780 MB of the two stages before it, which nothing asks for again."""
+    import anny.models as stages
     import anny.models.full_model as builder  # with a mesh library: not to be loaded each time
 
-    read_line_by_line = builder.load_blend_shape
-    builder.load_blend_shape = _read_blend_shape
-    try:
+    meanwhile = [
+        (builder, "load_blend_shape", _read_blend_shape),
+        (builder, "load_data", builder.load_data.__wrapped__),  # without Anny's decorator that keeps its result
+        (stages, "build_model_data", stages.build_model_data.__wrapped__),
+    ]
+    with contextlib.ExitStack() as as_before:
+        for module, name, function in meanwhile:
+            as_before.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, function)
         yield
-    finally:
-        builder.load_blend_shape = read_line_by_line
 
 
 def _read_blend_shape(filename, vertices_count: int, world_transformation, dtype: torch.dtype) -> Tensor:

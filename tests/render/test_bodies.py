@@ -15,7 +15,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from common.errors import UserError
-from render.bodies import _read_blend_shape, read_obj
+from render.bodies import _read_blend_shape, load_anny, read_obj
 from render.poses import (
     FAMILIES,
     HANGING,
@@ -462,6 +462,20 @@ def test_smpl_bodies_without_motions_take_annys_poses_or_rest(tmp_path, mesh, ch
     assert np.any(posed["pose"]) and not np.any(resting["pose"])
     assert len(posed["pose"]) == 156 and len(posed["shape"]) == len(resting["shape"])
     assert np.any(load_rig(spec).named_pose("sitting", 1)["pose"])
+
+
+def test_anny_keeps_its_model_and_nothing_else(tmp_path, monkeypatch):
+    """The first load on a machine: 50 MB instead of 830, of the very model."""
+    from anny import paths
+
+    expected = load_anny()
+    monkeypatch.setattr(paths, "_ANNY_CACHE_DIR", [tmp_path])
+    loads = [load_anny.__wrapped__() for _ in range(2)]  # computed, and read
+    (kept,) = (file for file in tmp_path.rglob("*") if file.is_file())
+    assert kept.name.startswith("build_compact_model_data_")
+    for model in loads:
+        for name, values in expected.state_dict().items():
+            assert torch.equal(values, model.state_dict()[name]), name
 
 
 def test_blend_shapes_are_read_as_anny_reads_them():
