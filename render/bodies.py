@@ -86,7 +86,7 @@ def _first_load() -> Iterator[None]:
 
     meanwhile = [
         (builder, "load_blend_shape", _read_blend_shape),
-        (builder, "load_data", builder.load_data.__wrapped__),  # without Anny's decorator that keeps its result
+        (builder, "load_data", builder.load_data.__wrapped__),  # without the decorator that keeps its result
         (stages, "build_model_data", stages.build_model_data.__wrapped__),
     ]
     with contextlib.ExitStack() as as_before:

@@ -58,7 +58,7 @@ def test_the_guard_notices(asked_of_the_network, tmp_path):
 
 
 def test_what_begins_with_nothing_asks_no_network(asked_of_the_network, make_config, textures, mesh, tmp_path):
-    """Inference of the embedded checkpoint, training from a base, its evaluation, a data set, a turntable."""
+    """Inference of the embedded checkpoint, three trainings from a base, textures measured, a data set, a turntable."""
     few = [f"training.{task}.{key}" for task in ("joint", "t2uv", "i2uv") for key in A_STEP]
     cfg = make_config(*few, "data.validation_textures=1", "output.sample_every=1")
     told, body = ("--textures", textures, "--prompts", textures / "prompts.txt"), ("--body", f"obj:{mesh}")

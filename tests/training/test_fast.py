@@ -1,10 +1,11 @@
 """The fast adapter: what its windows are made to lead to, that it is trained, loaded, and refused where it must be."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from common.errors import UserError
 from config.configuration import load_config
@@ -54,6 +55,31 @@ def test_a_step_of_the_teacher_is_one_that_inference_takes(teacher):
     clean, remaining = shortcuts.straightened(latents, noise, timesteps, states, torch.full((2,), 2.0))
     torch.testing.assert_close(clean, expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(shortcuts._mixed(clean, remaining, first.expand(2)), start, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction_type, zero_terminal_snr", [("epsilon", False), ("v_prediction", False),
+                                                                ("v_prediction", True)])  # fmt: skip
+def test_the_teachers_prediction_is_read_as_diffusers_reads_it(prediction_type, zero_terminal_snr, teacher):
+    scheduler = DDIMScheduler.from_config(
+        teacher.base.noise_scheduler.config, prediction_type=prediction_type,
+        rescale_betas_zero_snr=zero_terminal_snr, clip_sample=False,
+    )  # fmt: skip
+    teacher = replace(teacher, base=replace(teacher.base, noise_scheduler=scheduler))
+    shortcuts, timesteps = shortcuts_of(teacher, windows=4, substeps=1), torch.tensor([999, 749, 499, 249])
+    latents, noise, states = random_rows(teacher, 4)
+    noisy_latents = shortcuts._mixed(latents, noise, timesteps)
+    negative, positive = (
+        teacher.base.unet(noisy_latents, timesteps, states).sample
+        for states in (shortcuts.negative_states.expand_as(states), states)
+    )
+    guided = negative + 2 * (positive - negative)
+    clean, remaining = shortcuts._predicted(noisy_latents, timesteps, states, torch.full((4,), 2.0))
+    scheduler.set_timesteps(4)
+    for row, timestep in enumerate(timesteps):
+        expected = scheduler.step(guided[row], timestep, noisy_latents[row]).pred_original_sample
+        torch.testing.assert_close(clean[row], expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(shortcuts._mixed(clean, remaining, timesteps), noisy_latents, rtol=1e-3, atol=1e-3)
 
 
 def test_a_timestep_lies_in_the_window_that_inference_would_start_above_it(teacher):
